@@ -1,0 +1,1 @@
+"""What one submits: the `owl` command and the named recipes."""

@@ -1,0 +1,256 @@
+"""The `owl` command: one verb for each part of the way.
+
+What the user can mend ends in one sentence and exit status 1; what they typed wrongly in usage and status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.session import prepare_environment, ray_session
+from pipelines.settings import OwlError, SettingError, Settings, with_overrides
+
+prepare_environment()
+app = typer.Typer(
+    help="From raw image-caption shards to an answering vision-language endpoint, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(stderr=True, highlight=False)
+
+RecipeName = Annotated[str, typer.Option("--recipe", help="A named recipe; `owl recipes` lists them.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting of the recipe, as key=value. May be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+
+
+def recipe_of(name: str, overrides: list[str] | None, group: str = ""):
+    """The recipe with ``--set`` applied; bare keys belong to ``group``."""
+    from jobs.recipes import load
+
+    pairs = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SettingError(f"--set takes key=value, not {item!r}")
+        pairs[key if not group or key.split(".")[0] in type(load(name)).model_fields else f"{group}.{key}"] = value
+    return with_overrides(load(name), pairs)
+
+
+def finish(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show()
+
+
+@app.command()
+def demo(
+    dir: Annotated[Path, typer.Option("--dir", help="Folder for everything the demo makes.")] = Path("owl-demo"),
+    recipe: RecipeName = "demo",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole way once: draw a world, curate, train, evaluate, serve. No download, no GPU, minutes."""
+    from jobs.demo import run
+
+    chosen = recipe_of(recipe, set)
+    with ray_session(cpus=4):
+        summary = run(str(dir), chosen)
+    finish(summary, as_json, lambda: None)
+
+
+@app.command()
+def curate(
+    raw: Annotated[list[str], typer.Argument(help="Raw shards: tar, Parquet or JSONL files, globs, folders, s3://…")],
+    out: Annotated[str, typer.Option("--out", help="Folder of the curated dataset.")],
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Raw shards to a curated Arrow dataset with a ledger and a report. Settings: the recipe's `curation`."""
+    from pipelines.curation.curate import curate as run
+
+    settings = recipe_of(recipe, set, "curation").curation
+    with ray_session():
+        manifest = run(raw, out, settings)
+
+    def show() -> None:
+        table = Table("", "samples", box=None)
+        table.add_row("came in", f"{manifest['in']:,}")
+        for reason, number in manifest["dropped"].items():
+            table.add_row(f"− {reason}", f"{number:,}")
+        table.add_row("kept", f"{manifest['kept']:,}")
+        Console().print(table)
+        console.print(f"Report: {out}/report.html")
+
+    finish({key: manifest[key] for key in ("in", "kept", "dropped")} | {"out": out}, as_json, show)
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="language, stage1 or stage2.")],
+    data: Annotated[list[str], typer.Option("--data", help="A curated dataset's folder. May be repeated.")],
+    run: Annotated[str, typer.Option("--run", help="The run's folder: log, checkpoints, and the model it ends with.")],
+    start: Annotated[
+        str, typer.Option("--start", help="Model folder to begin from; without it, the recipe's parts are assembled.")
+    ] = "",
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """One stage of training. The same command again goes on from the last checkpoint. Settings: the stage's."""
+    from jobs.parts import assemble
+    from pipelines.training.stages import STAGES
+    from pipelines.training.train import train as fit
+
+    if stage not in STAGES:
+        raise OwlError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
+    chosen = recipe_of(recipe, set, stage)
+    if not start:
+        if stage == "stage2":
+            raise OwlError("stage2 begins from a model of stage1: name its folder with --start")
+        start = f"{run}/parts"
+        assemble(chosen.parts, start)
+    settings = getattr(chosen, stage).model_copy(update={"data": data, "start": start})
+    with ray_session():
+        log = fit(stage, settings, run)
+
+    def show() -> None:
+        table = Table("module", "trainable", "parameters", box=None)
+        for name, count in log["parameters"].items():
+            table.add_row(name, f"{count['trainable']:,}", f"{count['total']:,}")
+        Console().print(table)
+        last = log["history"][-1]
+        console.print(f"Step {last['step']}, loss {last['loss']:.4f}. Model: {run}/model")
+
+    finish({"model": f"{run}/model", **log["history"][-1]}, as_json, show)
+
+
+@app.command()
+def eval(
+    model: Annotated[str, typer.Argument(help="A model folder.")],
+    benchmark: Annotated[str, typer.Option("--benchmark", help="picture_world or caption_loss.")],
+    data: Annotated[str, typer.Option("--data", help="The benchmark's files; raw shards for caption_loss.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for answers, results and the report.")],
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answers a benchmark's questions and reports scores beside controls. Settings: the recipe's `evaluation`."""
+    from pipelines.evaluation.caption_loss import compare_losses
+    from pipelines.evaluation.evaluate import evaluate
+
+    settings = recipe_of(recipe, set, "evaluation").evaluation
+    with ray_session():
+        if benchmark == "caption_loss":
+            results = compare_losses(model, [data], out, settings)
+        else:
+            results = evaluate(model, benchmark, data, out, settings)
+
+    def show() -> None:
+        if benchmark == "caption_loss":
+            low, high = results["interval"]
+            Console().print(
+                f"loss per token with the right picture {results['right']:.4f}, with a wrong one {results['wrong']:.4f}; "
+                f"difference {results['difference']:.4f}, 95 % interval {low:.4f} to {high:.4f} "
+                f"({results['captions']} captions of {results['pictures']} pictures)"
+            )
+            return
+        table = Table("type", "questions", "right picture", "another picture", "no picture", box=None)
+        for kind, entry in results["scores"]["picture"].items():
+            others = [results["scores"].get(name, {}).get(kind) for name in ("wrong picture", "no picture")]
+            cells = [f"{other['accuracy']:.1%}" if other else "–" for other in others]
+            table.add_row(kind, str(entry["n"]), f"{entry['accuracy']:.1%}", *cells)
+        Console().print(table)
+        console.print(f"Report: {out}/report.html")
+
+    finish(results, as_json, show)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A model folder.")],
+    port: Annotated[int | None, typer.Option("--port", help="Port to listen on.")] = None,
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+) -> None:
+    """Serves a model behind OpenAI's API, on this machine only, until Ctrl-C. Settings: the recipe's `serving`."""
+    from pipelines.serving.serve import build, start
+
+    settings = recipe_of(recipe, set, "serving").serving
+    if port is not None:
+        settings = settings.model_copy(update={"port": port})
+    build(model, settings)  # refuses a missing folder before Ray starts
+    with ray_session():
+        address = start(str(Path(model).absolute()), settings)
+        question = {"model": settings.name, "messages": [{"role": "user", "content": "hello"}]}
+        console.print(f"Serving {model} at {address}/v1 as {settings.name!r}. Ctrl-C ends it. Try:")
+        print(f"curl {address}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(question)}'")
+        sys.stdout.flush()
+        while True:
+            time.sleep(1)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder; leave it out with --url.")] = "",
+    url: Annotated[str, typer.Option("--url", help="An endpoint instead of a folder, such as http://host:8000/v1.")] = "",
+    image: Annotated[list[Path] | None, typer.Option("--image", help="A picture to begin with. May be repeated.")] = None,
+    question: Annotated[str, typer.Option("--question", "-q", help="Ask this one thing and end.")] = "",
+) -> None:
+    """Talk to a model folder or an endpoint. In the conversation: /image PATH adds a picture, /new starts afresh."""
+    from jobs.chat import Endpoint, Folder, talk
+
+    if bool(model) == bool(url):
+        raise OwlError("name either a model folder or --url, not both")
+    talk(Endpoint(url) if url else Folder(model), image or [], question)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str, typer.Argument(help="Show this recipe's settings with their help.")] = "",
+) -> None:
+    """Lists the named recipes, or explains one."""
+    from jobs.recipes import RECIPES, load
+
+    if not name:
+        for known, make in RECIPES.items():
+            Console().print(f"[bold]{known}[/bold]  {make().about}", highlight=False)
+        return
+    explain(load(name))
+
+
+def explain(settings: Settings, prefix: str = "") -> None:
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            Console().print(f"\n[bold]{prefix}{name}[/bold]  {field.description or ''}", highlight=False)
+            explain(value, f"{prefix}{name}.")
+        else:
+            Console().print(f"  {prefix}{name} = {value!r}  [dim]{field.description or ''}[/dim]", highlight=False)
+
+
+
+
+def main() -> None:
+    """Entry point of `owl`."""
+    try:
+        app()
+    except OwlError as error:
+        console.print(f"owl: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("\nowl: stopped; the same command goes on from here")
+        sys.exit(130)

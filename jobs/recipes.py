@@ -1,0 +1,174 @@
+"""Named recipes: everything that one run of the whole way needs, typed. `owl … --recipe NAME --set key=value`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.curation.curate import Curation
+from pipelines.curation.filters import Limits
+from pipelines.evaluation.evaluate import Evaluation
+from pipelines.serving.serve import Serving
+from pipelines.settings import SettingError, Settings, refuse_unknown
+from pipelines.training.stages import Lora
+from pipelines.training.step import Optimization
+from pipelines.training.train import Stage
+from jobs.world.shards import World
+
+
+class Parts(Settings):
+    """The foundation parts that a new Owl is put together from."""
+
+    vision: str | dict[str, Any] = {}
+    """A vision backbone's folder, or the settings of a fresh Owl ViT."""
+    language_model: str = ""
+    """A causal language model's folder, with its tokenizer."""
+    abstractor: dict[str, Any] = {}
+    """Settings of the fresh visual abstractor."""
+    template: str = "owl1"
+    """How conversations are written; a name of owl_model.chat.TEMPLATES."""
+
+
+class Recipe(Settings):
+    """One group of settings for each part of the way."""
+
+    about: str
+    """Command, hardware, time and expected score."""
+    parts: Parts = Parts()
+    """What the model is made of."""
+    curation: Curation = Curation()
+    """What is kept of the raw samples."""
+    language: Stage = Stage()
+    """Pretraining of a stand-in language model, where the user brings none."""
+    stage1: Stage = Stage()
+    """Vision and abstractor learn to speak to the frozen language model."""
+    stage2: Stage = Stage()
+    """Abstractor and LoRA learn to follow instructions."""
+    evaluation: Evaluation = Evaluation()
+    """How benchmarks are run."""
+    serving: Serving = Serving()
+    """How the model is served."""
+    world: World = World()
+    """The picture world that the demo writes."""
+
+
+def demo() -> Recipe:
+    """The embedded default: a world, a language model and an Owl of a million parameters, in minutes, on two cores."""
+    quick = Optimization(
+        optimizer="muon", learning_rate=3e-3, muon_rate=0.02, weight_decay=0.01, betas=(0.9, 0.98), warmup=40
+    )
+    worker = Stage(workers=2, batch_size=32, optimization=quick, checkpoint_every=150)
+    return Recipe(
+        about="owl demo · 2 CPU cores, 8 GB · 6 minutes · at least 85 % of held-out questions",
+        parts=Parts(
+            vision={
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "image_size": 72,
+                "patch_size": 24,
+            },
+            abstractor={
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_queries": 10,
+            },
+            template="plain",
+        ),
+        curation=Curation(limits=Limits(min_side=64)),
+        language=worker.model_copy(update={"steps": 900}),
+        stage1=worker.model_copy(update={"steps": 1500}),
+        stage2=worker.model_copy(
+            update={
+                "steps": 800,
+                "lora": Lora(
+                    rank=16,
+                    alpha=32,
+                    dropout=0.0,
+                    targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                ),
+            }
+        ),
+    )
+
+
+def demo_small() -> Recipe:
+    """The demo at a reduced size, for a check that every part runs; its scores mean nothing."""
+    full = demo()
+    few = {"steps": 30, "checkpoint_every": 10}
+    return full.model_copy(
+        update={
+            "about": "owl demo --recipe demo_small · 2 CPU cores · 2 minutes · no score to expect",
+            "world": World(pairs=240, instructions=120, texts=400, questions=20, shards=4),
+            "language": full.language.model_copy(update=few),
+            "stage1": full.stage1.model_copy(update=few),
+            "stage2": full.stage2.model_copy(update=few),
+        }
+    )
+
+
+def real_small() -> Recipe:
+    """Real photographs and real pretrained towers, small enough for a laptop: MobileNetV2 (49 visual features), a
+    LLaMA of 260,000 parameters, and the 900 photographs of a Flickr8k cut."""
+    shared = os.environ.get("OWL_SHARED", "../shared")
+    weights = f"{shared}/data/weights"
+    optimization = Optimization(learning_rate=1e-3, weight_decay=0.05, warmup=40)
+    stage = Stage(
+        workers=2, batch_size=32, optimization=optimization, freeze_vision=True, checkpoint_every=100, steps=400
+    )
+    return Recipe(
+        about="owl train stage1 --recipe real_small · 2 CPU cores, 4 GB · 4 minutes · the right picture lowers the loss",
+        parts=Parts(
+            vision=f"{weights}/mobilenet-v2-imagenet",
+            language_model=f"{weights}/tinystories-llama/stories260K",
+            abstractor={
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_queries": 8,
+            },
+            template="plain",
+        ),
+        curation=Curation(limits=Limits(min_side=128)),
+        stage1=stage,
+        stage2=stage.model_copy(update={"steps": 60, "lora": Lora(rank=8)}),
+    )
+
+
+def owl_7b() -> Recipe:
+    """mPLUG-Owl at 7 B, as in the paper (arXiv 2304.14178, section 4.1); towers are the user's folders."""
+    paper = Optimization(learning_rate=1e-4, betas=(0.9, 0.98), epsilon=1e-6, weight_decay=0.1, warmup=2000)
+    return Recipe(
+        about="owl train stage1 --recipe owl_7b --set parts.vision=DIR --set parts.language_model=DIR · GPUs · weeks · "
+        "not run here: the paper's settings, for one's own cluster",
+        stage1=Stage(steps=50_000, batch_size=8192, optimization=paper, gpus_per_worker=1, checkpoint_every=500),
+        stage2=Stage(
+            steps=2000,
+            batch_size=256,
+            optimization=paper.model_copy(update={"learning_rate": 2e-5, "warmup": 50, "weight_decay": 1e-4}),
+            gpus_per_worker=1,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "demo": demo,
+    "demo_small": demo_small,
+    "real_small": real_small,
+    "owl_7b": owl_7b,
+}
+
+
+def load(name: str) -> Recipe:
+    """Raises SettingError for a name that is none, with the nearest one."""
+    if name not in RECIPES:
+        try:
+            refuse_unknown(name, name, RECIPES)
+        except SettingError as error:
+            raise SettingError(str(error).replace("unknown setting", "unknown recipe")) from None
+    return RECIPES[name]()

@@ -1,0 +1,75 @@
+"""OwlProcessor = images + chat: a conversation with its pictures → the model's inputs.
+
+    encode   one conversation → ids, labels, number of pictures
+    collate  encoded conversations and their pixels → a padded batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import ProcessorMixin
+
+from owl_model.chat import IGNORE, TEMPLATES, Encoded, Template, encode
+from owl_model.config import OwlConfig
+
+
+class OwlProcessor(ProcessorMixin):
+    """Saved beside the weights, so that a model folder holds its own preprocessing and its own template."""
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "OwlImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_token_id: int = 0,
+        visual_tokens: int = 65,
+        template: dict | None = None,
+        **kwargs,
+    ):
+        self.image_token_id = image_token_id
+        self.visual_tokens = visual_tokens
+        self.template = template or {**vars(TEMPLATES["owl1"])}
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def for_model(cls, config: OwlConfig, image_processor, tokenizer, template: str) -> OwlProcessor:
+        """A processor that fits a model's configuration; ``template`` is a name of chat.TEMPLATES."""
+        if template not in TEMPLATES:
+            raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+        return cls(image_processor, tokenizer, config.image_token_id, config.visual_tokens, vars(TEMPLATES[template]))
+
+    def encode(self, messages: Sequence[dict], *, prompt: bool = False, supervise_all: bool = False) -> Encoded:
+        return encode(
+            messages,
+            self.tokenizer,
+            Template(**self.template),
+            image_token_id=self.image_token_id,
+            visual_tokens=self.visual_tokens,
+            prompt=prompt,
+            supervise_all=supervise_all,
+        )
+
+    def collate(self, batch: Sequence[Encoded], *, side: str = "right") -> dict[str, torch.Tensor]:
+        """[B, L] ids, mask and labels, padded on ``side`` ("right" to train, "left" to generate)."""
+        length = max(len(item.ids) for item in batch)
+        rows = {"input_ids": [], "attention_mask": [], "labels": []}
+        for item in batch:
+            gap = length - len(item.ids)
+            for name, values, filler in (
+                ("input_ids", item.ids, self.pad_id),
+                ("attention_mask", [1] * len(item.ids), 0),
+                ("labels", item.labels, IGNORE),
+            ):
+                padding = [filler] * gap
+                rows[name].append(padding + values if side == "left" else values + padding)
+        return {name: torch.tensor(values) for name, values in rows.items()}
+
+    @property
+    def pad_id(self) -> int:
+        """Masked wherever it stands, so any id serves where the tokenizer has no padding."""
+        return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id

@@ -1,0 +1,1 @@
+"""The four programs that run on Ray: curation, training, evaluation, serving."""

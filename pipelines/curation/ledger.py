@@ -1,0 +1,106 @@
+"""The books of a curated dataset: one ledger row for every raw sample, one marker for every finished raw shard.
+
+    shards/ID.arrow  ledger/ID.parquet  selection/ID.parquet  markers/ID.json      ID names the raw shard
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.records import CURATED, LEDGER, SELECTION
+
+
+def shard_id(path: str) -> str:
+    """A raw shard's name in the books: its file name, and a hash that tells same-named files apart."""
+    stem = os.path.splitext(storage.name_of(path))[0]
+    return f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"
+
+
+def finished(output: str) -> set[str]:
+    """Ids of the raw shards whose marker is written."""
+    return {storage.name_of(path).removesuffix(".json") for path in storage.listing(f"{output}/markers", ".json")}
+
+
+def write_shard(output: str, shard: str, raw: str, rows: list[dict]) -> dict:
+    """Writes a raw shard's curated Arrow and its ledger, then the marker. Returns the marker."""
+    kept = [row for row in rows if row["reason"] is None]
+    for number, row in enumerate(kept):
+        row["row"] = number
+    for row in rows:
+        row["verdict"] = "kept" if row["reason"] is None else "dropped"
+    curated = pa.Table.from_pylist(kept, schema=CURATED)
+    storage.write_arrow(f"{output}/shards/{shard}.arrow", curated)
+    write_ledger(output, shard, pa.Table.from_pylist(rows, schema=LEDGER))
+    marker = {"shard": shard, "raw": raw, "in": len(rows), **counts([row["reason"] for row in rows])}
+    storage.write_json(f"{output}/markers/{shard}.json", marker)
+    return marker
+
+
+def counts(reasons: list[str | None]) -> dict[str, Any]:
+    dropped = Counter(reason for reason in reasons if reason is not None)
+    return {"kept": len(reasons) - sum(dropped.values()), "dropped": dict(sorted(dropped.items()))}
+
+
+def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:
+    with storage.open_read(f"{output}/ledger/{shard}.parquet") as file:
+        return pq.read_table(file, columns=columns)
+
+
+def write_ledger(output: str, shard: str, table: pa.Table) -> None:
+    with storage.open_write(f"{output}/ledger/{shard}.parquet") as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def deselect(output: str, shard: str, duplicates: list[dict]) -> dict:
+    """Enters what deduplication decided for one shard: verdicts into its ledger, rows into its selection; the Arrow
+    shard stays as it is. Earlier decisions are taken back first, so that this can be repeated."""
+    table = read_ledger(output, shard)
+    reasons, details = table["reason"].to_pylist(), table["detail"].to_pylist()
+    by_row = {item["row"]: item for item in duplicates}
+    for index, row in enumerate(table["row"].to_pylist()):
+        if row is None:
+            continue
+        found = by_row.get(row)
+        reasons[index] = found["reason"] if found else None
+        details[index] = f"kept instead: {found['kept_instead']}" if found else None
+    verdicts = ["kept" if reason is None else "dropped" for reason in reasons]
+    for name, values in (("verdict", verdicts), ("reason", reasons), ("detail", details)):
+        table = table.set_column(table.schema.get_field_index(name), LEDGER.field(name), pa.array(values, pa.string()))
+    write_ledger(output, shard, table)
+    with storage.open_write(f"{output}/selection/{shard}.parquet") as file:
+        pq.write_table(pa.Table.from_pylist(duplicates, schema=SELECTION), file)
+    marker = storage.read_json(f"{output}/markers/{shard}.json")
+    return {"shard": shard, "raw": marker["raw"], "in": len(reasons), **counts(reasons)}
+
+
+def selected_rows(output: str, shard: str) -> pa.Array | None:
+    """Rows of a curated shard that later decisions leave out; None where there are no decisions."""
+    path = f"{output}/selection/{shard}.parquet"
+    if not storage.exists(path):
+        return None
+    with storage.open_read(path) as file:
+        return pq.read_table(file, columns=["row"])["row"].combine_chunks()
+
+
+def check_books(entries: list[dict]) -> None:
+    """In = kept + Σ dropped, for every shard. Raises AssertionError naming the shard."""
+    for entry in entries:
+        out = entry["kept"] + sum(entry["dropped"].values())
+        if entry["in"] != out:
+            raise AssertionError(f"the books of {entry['shard']} do not balance: {entry['in']} in, {out} accounted for")
+
+
+def total(entries: list[dict]) -> dict[str, Any]:
+    dropped: Counter = Counter()
+    for entry in entries:
+        dropped.update(entry["dropped"])
+    counted = {"in": sum(e["in"] for e in entries), "kept": sum(e["kept"] for e in entries)}
+    return {**counted, "dropped": dict(sorted(dropped.items()))}
+

@@ -1,0 +1,1 @@
+"""A model folder and a benchmark's files → answers, scores and a report, on Ray Data."""

@@ -1,0 +1,140 @@
+"""The house's report pages: one self-contained HTML file, no script, light and dark.
+
+Pages are put together from the few parts below; each returns a piece of HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+from PIL import Image
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2433; --soft: #5b6475; --line: #dfe3ea; --card: #fff; --page: #f6f7f9;
+  --a: #3457d5; --b: #d9822b; --c: #2f9e6e; --d: #b3486f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ebf2; --soft: #9aa4b8; --line: #2c3445; --card: #171c28;
+  --page: #0f131c; --a: #7f9bff; --b: #f0a95b; --c: #5fcf9f; --d: #e58bb0; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 64px }
+h1 { font-size: 28px; margin: 0 0 4px } h2 { font-size: 18px; margin: 0 0 12px } p { margin: 0 0 12px }
+.lead, figcaption, small { color: var(--soft) }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 20px; margin: 18px 0 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600 } td.n, th.n { text-align: right }
+.numbers { display: flex; flex-wrap: wrap; gap: 28px } .numbers b { display: block; font-size: 26px }
+.bar { display: grid; grid-template-columns: 170px 1fr 90px; gap: 12px; align-items: center; margin: 5px 0 }
+.bar i { display: block; height: 14px; min-width: 2px; border-radius: 4px; background: var(--a) }
+.bar span:last-child { text-align: right; font-variant-numeric: tabular-nums }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px }
+figure { margin: 0; min-width: 0 } figure img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 8px;
+  background: var(--page); border: 1px solid var(--line) }
+figcaption { font-size: 13px; overflow-wrap: anywhere } .right { color: var(--c) } .wrong { color: var(--d) }
+.missing { width: 100%; aspect-ratio: 1; display: grid; place-items: center; border: 1px dashed var(--line);
+  border-radius: 8px; color: var(--soft); font-size: 13px }
+svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 12px }
+pre { margin: 0; padding: 14px; border-radius: 8px; background: var(--page); overflow-x: auto; font-size: 13px }
+"""
+COLOURS = ("--a", "--b", "--c", "--d")
+
+
+def page(title: str, lead: str, *sections: Markup) -> str:
+    body = Markup("").join(sections)
+    return (
+        Markup(
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            "<title>{}</title><style>{}</style><main><h1>{}</h1><p class=lead>{}</p>{}</main></html>\n"
+        )
+    ).format(title, Markup(STYLE), title, lead, body)
+
+
+def section(title: str, *parts: Markup | str) -> Markup:
+    return Markup("<section><h2>{}</h2>{}</section>").format(title, Markup("").join(parts))
+
+
+def paragraph(text: str | Markup) -> Markup:
+    return Markup("<p>{}</p>").format(text)
+
+
+def code(text: str) -> Markup:
+    return Markup("<pre>{}</pre>").format(text)
+
+
+def numbers(values: dict[str, str]) -> Markup:
+    items = (Markup("<div><b>{}</b>{}</div>").format(value, name) for name, value in values.items())
+    return Markup("<div class=numbers>{}</div>").format(Markup("").join(items))
+
+
+def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:
+    """(name, size, text) rows as horizontal bars on one scale."""
+    most = max((size for _, size, _ in rows), default=0) or 1
+    row = Markup('<div class=bar><span>{}</span><i style="width:{:.2f}%"></i><span>{}</span></div>')
+    return Markup("").join(row.format(name, 100 * size / most, text) for name, size, text in rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int = 1) -> Markup:
+    """Columns from ``numeric`` on are right-aligned."""
+
+    def cells(tag: str, values: Sequence[object]) -> Markup:
+        kinds = (Markup(" class=n") if index >= numeric else Markup("") for index in range(len(values)))
+        cell = Markup("<{0}{1}>{2}</{0}>")
+        return Markup("").join(
+            cell.format(Markup(tag), kind, value) for kind, value in zip(kinds, values, strict=True)
+        )
+
+    body = Markup("").join(Markup("<tr>{}</tr>").format(cells("td", row)) for row in rows)
+    return Markup("<div class=scroll><table><tr>{}</tr>{}</table></div>").format(cells("th", head), body)
+
+
+def picture(data: bytes | None, caption: str | Markup, side: int = 240) -> Markup:
+    """A picture as a data URI, scaled down to ``side``; a dashed box where it cannot be shown."""
+    try:
+        image = Image.open(io.BytesIO(data or b""))
+        if image.width * image.height > 50_000_000:
+            raise ValueError("too large to show")
+        image = image.convert("RGB")
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=80)
+        source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        shown = Markup('<img alt="{}" src="{}">').format(caption, source)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        shown = Markup("<div class=missing>no picture to show</div>")
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(shown, caption)
+
+
+def pictures(figures: Sequence[Markup]) -> Markup:
+    return Markup("<div class=pictures>{}</div>").format(Markup("").join(figures))
+
+
+def lines(series: dict[str, list[tuple[float, float]]], x_name: str, y_name: str) -> Markup:
+    """A line chart of named (x, y) series."""
+    points = [point for values in series.values() for point in values]
+    if not points:
+        return paragraph("nothing was logged")
+    width, height, left, top, bottom = 1000, 300, 56, 12, 34
+    x_most = max(x for x, _ in points) or 1
+    y_most = max(y for _, y in points) or 1
+    out = []
+    for tick in range(5):
+        value = y_most * tick / 4
+        y = height - bottom - (height - bottom - top) * tick / 4
+        out.append(f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
+        out.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>')
+    out.append(f'<text x="{width}" y="{height - 6}" text-anchor="end">{escape(x_name)} (to {x_most:g})</text>')
+    out.append(f'<text x="{left}" y="{height - 6}">{escape(y_name)}</text>')
+    for index, (name, values) in enumerate(series.items()):
+        colour = f"var({COLOURS[index % len(COLOURS)]})"
+        spots = " ".join(
+            f"{left + (width - left) * x / x_most:.1f},{height - bottom - (height - bottom - top) * y / y_most:.1f}"
+            for x, y in values
+        )
+        out.append(f'<polyline points="{spots}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        out.append(f'<text x="{width - 150}" y="{top + 14 + 18 * index}" style="fill:{colour}">{escape(name)}</text>')
+    return Markup(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(out)}</svg>')

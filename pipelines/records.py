@@ -1,0 +1,103 @@
+"""The Arrow schemas that pass between the pipelines: the only hand-offs.
+
+A curated dataset is a folder: ``shards/*.arrow`` (CURATED), ``ledger/*.parquet`` (LEDGER), ``selection/*.parquet``
+(SELECTION), ``markers/*.json``, ``manifest.json``, ``report.html``. Evaluation writes ANSWERS.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+PART = pa.struct([("type", pa.string()), ("text", pa.string())])
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(PART))]))
+"""A conversation in OpenAI's shape, with every content a list of parts."""
+
+CURATED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image", pa.large_binary()),  # encoded bytes; null where the conversation has no picture
+        ("more_images", pa.list_(pa.large_binary())),  # the second picture and on, in reading order
+        ("width", pa.int32()),  # of `image`, as stored
+        ("height", pa.int32()),
+        ("caption", pa.list_(pa.string())),
+        ("messages", MESSAGES),  # null for captions
+        ("sha256", pa.string()),
+        ("phash", pa.string()),
+        ("source", pa.string()),  # raw shard and byte offset, "pairs-00003.tar@51200"
+    ]
+)
+
+LEDGER = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("verdict", pa.string()),  # "kept" or "dropped"
+        ("reason", pa.string()),  # null where kept
+        ("detail", pa.string()),  # what the reason was read from, for people
+        ("bytes", pa.int64()),  # the statistics, as far as the sample got
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("words", pa.int32()),  # of the first caption
+        ("letters", pa.float32()),  # share of letters and spaces in it
+        ("repetition", pa.float32()),  # share of its commonest word
+        ("sha256", pa.string()),
+        ("phash", pa.string()),
+        ("thumbnail", pa.binary()),  # 8×8 RGB, to tell near duplicates from mere likeness
+        ("row", pa.int32()),  # row in the curated shard; null where it never got there
+    ]
+)
+
+SELECTION = pa.schema([("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("kept_instead", pa.string())])
+"""Rows of one curated shard that later decisions leave out."""
+
+ANSWERS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("type", pa.string()),
+        ("condition", pa.string()),  # "picture", "wrong picture" or "no picture"
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("expected", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+def to_arrow_messages(messages: list[dict]) -> list[dict]:
+    """OpenAI-shaped messages → values of the MESSAGES type."""
+    return [{"role": m["role"], "content": [arrow_part(p) for p in parts(m["content"])]} for m in messages]
+
+
+def parts(content: str | list[dict]) -> list[dict]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def arrow_part(part: dict) -> dict:
+    return {"type": part["type"], "text": part.get("text")}
+
+
+def from_llava(conversations: list[dict]) -> list[dict]:
+    """LLaVA's ``{"from": "human" | "gpt", "value": "… <image> …"}`` → messages."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    messages = []
+    for turn in conversations:
+        content: list[dict] = []
+        for index, text in enumerate(turn["value"].split("<image>")):
+            if index:
+                content.append({"type": "image"})
+            if text.strip():
+                content.append({"type": "text", "text": text.strip()})
+        messages.append({"role": roles[turn["from"]], "content": content})
+    return messages
+
+
+def caption_messages(caption: str) -> list[dict]:
+    """A caption is a conversation too: a picture, and what is said of it."""
+    return [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": caption}]
+
+
+def images_in(messages: list[dict]) -> int:
+    return sum(part["type"] == "image" for message in messages for part in parts(message["content"]))
+
+

@@ -1,0 +1,1 @@
+"""A model folder → an OpenAI-compatible endpoint, on Ray Serve."""

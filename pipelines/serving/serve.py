@@ -1,0 +1,167 @@
+"""A model folder behind OpenAI's API: an ingress that checks requests, and autoscaling engine replicas."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from pipelines import storage
+from pipelines.serving import api
+from pipelines.serving.engine import Engine
+from pipelines.serving.media import MediaError, split_media
+from pipelines.settings import OwlError, Settings
+
+log = logging.getLogger(__name__)
+web = FastAPI(title="Owl", summary="A vision-language model behind OpenAI's API")
+
+
+class Serving(Settings):
+    """How a model is served."""
+
+    name: str = "owl"
+    """The model's name in requests."""
+    host: str = "127.0.0.1"
+    """Address to listen on; other machines reach it only if you change this."""
+    port: int = 8000
+    """Port to listen on."""
+    min_replicas: int = 1
+    """Fewest engine replicas; 0 lets an idle endpoint sleep."""
+    max_replicas: int = 1
+    """Most engine replicas."""
+    cpus_per_replica: float = 1
+    """CPUs of a replica."""
+    gpus_per_replica: float = 0
+    """GPUs of a replica."""
+    max_ongoing: int = 8
+    """Requests that one replica works on at once."""
+    max_queued: int = 64
+    """Requests that may wait; more are answered 503 at once."""
+
+
+def build(model: str, settings: Serving) -> serve.Application:
+    """The Serve application. Raises OwlError where there is no model folder."""
+    if not storage.exists(f"{model}/config.json"):
+        raise OwlError(f"no model folder at {model!r}: it has no config.json")
+    engine = Engine.options(
+        max_ongoing_requests=settings.max_ongoing,
+        max_queued_requests=settings.max_queued,
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": max(1, settings.min_replicas),
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": max(1, settings.max_ongoing // 2),
+        },
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+    ).bind(model)
+    return Ingress.bind(engine, settings.name)  # type: ignore[attr-defined]
+
+
+def start(model: str, settings: Serving) -> str:
+    """Deploys and returns the endpoint's address; ``serve.shutdown()`` takes it down."""
+    application = build(model, settings)
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
+    serve.run(application, name="owl", route_prefix="/", logging_config=quiet)
+    return f"http://{settings.host}:{settings.port}"
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256)
+@serve.ingress(web)
+class Ingress:
+    def __init__(self, engine: DeploymentHandle, name: str):
+        self.engine = engine.options(stream=True)
+        self.name = name
+
+    @web.get("/health")
+    async def health(self) -> dict:
+        return {"status": "ok"}
+
+    @web.get("/v1/models")
+    async def models(self) -> dict:
+        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": 0, "owned_by": "owl"}]}
+
+    @web.post("/v1/chat/completions")
+    async def chat(self, request: api.ChatRequest) -> Response:
+        if request.model != self.name:
+            message = f"there is no model {request.model!r} here; there is {self.name!r}"
+            return JSONResponse(api.error(message, param="model"), 404)
+        try:
+            messages, pictures = split_media(request.messages)
+        except MediaError as problem:
+            return JSONResponse(api.error(str(problem), param="messages"), 400)
+        options: dict = {"max_new_tokens": request.longest, "seed": request.seed}
+        if request.temperature > 0:
+            options |= {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
+        pieces = until_stop(self.engine.stream.remote(messages, pictures, options), request.stops)
+        first = await anext(pieces)
+        if "refused" in first:
+            return JSONResponse(api.error(first["refused"], param="messages"), 400)
+        request_id = api.completion_id()
+        if request.stream:
+            usage = bool(request.stream_options and request.stream_options.include_usage)
+            return StreamingResponse(self.events(request_id, first, pieces, usage), media_type="text/event-stream")
+        text, last = first.get("text", ""), first
+        async for last in pieces:
+            text += last.get("text", "")
+        return JSONResponse(api.completion(request_id, self.name, text.strip(), last["usage"], last["finish"]))
+
+    async def events(self, request_id: str, first: dict, pieces: AsyncIterator[dict], usage: bool):
+        """Server-sent events of a streamed answer."""
+
+        def event(value: dict) -> str:
+            return f"data: {json.dumps(value)}\n\n"
+
+        yield event(api.chunk(request_id, self.name, {"role": "assistant", "content": ""}))
+        async for piece in chained(first, pieces):
+            if "text" in piece:
+                yield event(api.chunk(request_id, self.name, {"content": piece["text"]}))
+                continue
+            yield event(api.chunk(request_id, self.name, {}, piece["finish"]))
+            if usage:
+                yield event({**api.chunk(request_id, self.name, {}), "choices": [], "usage": piece["usage"]})
+        yield "data: [DONE]\n\n"
+
+
+async def chained(first: dict, rest: AsyncIterator[dict]) -> AsyncIterator[dict]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+async def until_stop(pieces, stops: list[str]) -> AsyncIterator[dict]:
+    """Cuts the text at the first stop string. Holds back as many characters as a stop string may still begin in."""
+    held, hidden = "", max((len(stop) for stop in stops), default=1) - 1
+    stopped = False
+    async for piece in pieces:
+        if "text" not in piece:
+            if held and not stopped:
+                yield {"text": held}
+            yield {**piece, "finish": "stop"} if stopped else piece
+            return
+        if stopped:
+            continue
+        held += piece["text"]
+        cut = min((held.index(stop) for stop in stops if stop in held), default=None)
+        if cut is not None:
+            stopped, held = True, held[:cut]
+            if held:
+                yield {"text": held}
+            held = ""
+        elif len(held) > hidden:
+            ready = len(held) - hidden
+            yield {"text": held[:ready]}
+            held = held[ready:]
+
+
+@web.exception_handler(RequestValidationError)
+async def invalid(request: Request, problem: RequestValidationError) -> JSONResponse:
+    first = problem.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    return JSONResponse(api.error(f"{place}: {first['msg']}", param=place or None), 400)

@@ -1,0 +1,76 @@
+"""Typed settings: a wrong name, type or combination is refused where it is built, by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class OwlError(Exception):
+    """Something the user can mend. Its message is one sentence; the command line prints it without a traceback."""
+
+
+class SettingError(OwlError):
+    """A setting that does not exist or cannot hold."""
+
+
+class Settings(BaseModel):
+    """Base of every group of settings. The text under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def fingerprint(self) -> str:
+        """Short hash of all values: equal settings, equal fingerprint."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+
+def differences(old: dict, new: dict) -> str:
+    """ "steps 100 → 200, seed 0 → 1": what changed between two resolved settings."""
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return ", ".join(f"{name} {json.dumps(old.get(name))} → {json.dumps(new.get(name))}" for name in names)
+
+
+def with_overrides(settings: Settings, overrides: dict[str, str]) -> Settings:
+    """A copy with ``overrides`` such as {"min_words": "3"} or {"stage1.steps": "100"}, parsed by the fields' types.
+
+    Raises SettingError naming the setting, and the nearest real one if it was misspelt.
+    """
+    values = settings.model_dump()
+    for path, text in overrides.items():
+        group: Any = values
+        model: Any = settings
+        *parents, name = path.split(".")
+        for parent in parents:
+            refuse_unknown(parent, path, group)
+            group, model = group[parent], model[parent] if isinstance(model, dict) else getattr(model, parent)
+        refuse_unknown(name, path, group)
+        group[name] = parse(text, group[name])
+    try:
+        return type(settings).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SettingError(f"setting {place} cannot be {first['input']!r}: {first['msg']}") from None
+
+
+def refuse_unknown(name: str, path: str, group: Any) -> None:
+    if not isinstance(group, dict):
+        raise SettingError(f"unknown setting {path!r}: it has no part {name!r}")
+    if name not in group:
+        near = difflib.get_close_matches(name, group, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(group))}"
+        raise SettingError(f"unknown setting {path!r}{hint}")
+
+
+def parse(text: str, current: Any) -> Any:
+    """JSON where it reads as such ("3", "true", "[1,2]"), a string otherwise."""
+    if isinstance(current, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,98 @@
+"""Files on local disk or any fsspec scheme (s3://…), by the same calls. A file appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import shutil
+from collections.abc import Iterator
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+
+def join(folder: str, *names: str) -> str:
+    return posixpath.join(str(folder), *names)
+
+
+def name_of(path: str) -> str:
+    """The last part of a path."""
+    return posixpath.basename(str(path).rstrip("/"))
+
+
+def exists(path: str) -> bool:
+    fs, plain = url_to_fs(str(path))
+    return fs.exists(plain)
+
+
+def listing(folder: str, ending: str) -> list[str]:
+    """Full paths of the files directly in ``folder`` whose names end so, sorted; empty if there is no such folder."""
+    fs, plain = url_to_fs(str(folder))
+    if not fs.exists(plain):
+        return []
+    names = sorted(name_of(path) for path in fs.ls(plain, detail=False))
+    return [join(folder, name) for name in names if name.endswith(ending) and not name.startswith(".")]
+
+
+def open_read(path: str) -> IO[bytes]:
+    return fsspec.open(str(path), "rb").open()
+
+
+@contextlib.contextmanager
+def open_write(path: str) -> Iterator[IO[bytes]]:
+    """Writes beside the target and renames; object stores complete the upload on close. Nothing stays on failure."""
+    fs, plain = url_to_fs(str(path))
+    if not isinstance(fs, LocalFileSystem):
+        with fs.open(plain, "wb") as file:
+            yield file
+        return
+    os.makedirs(posixpath.dirname(plain), exist_ok=True)
+    partial = posixpath.join(posixpath.dirname(plain), f".{posixpath.basename(plain)}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, plain)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+
+
+def read_json(path: str) -> Any:
+    with open_read(path) as file:
+        return json.load(file)
+
+
+def write_json(path: str, value: Any) -> None:
+    with open_write(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def write_text(path: str, text: str) -> None:
+    with open_write(path) as file:
+        file.write(text.encode())
+
+
+def write_arrow(path: str, table: pa.Table, rows_per_batch: int = 256) -> None:
+    """An Arrow IPC file of small record batches, so that a reader can open any few rows of it."""
+    with open_write(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows_per_batch)
+
+
+def open_arrow(path: str) -> pa.ipc.RecordBatchFileReader:
+    """Memory-mapped; a remote file is first copied to this machine's cache, once."""
+    local = fsspec.open_local(f"simplecache::{path}") if "://" in str(path) else str(path)
+    return pa.ipc.open_file(pa.memory_map(str(local)))
+
+
+def remove(folder: str) -> None:
+    """A local or remote folder with all that is in it, if it is there."""
+    fs, plain = url_to_fs(str(folder))
+    if isinstance(fs, LocalFileSystem):
+        shutil.rmtree(plain, ignore_errors=True)
+    elif fs.exists(plain):
+        fs.rm(plain, recursive=True)

@@ -1,0 +1,1 @@
+"""Curated Arrow → a trained model folder, on Ray Train."""

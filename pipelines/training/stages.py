@@ -1,0 +1,100 @@
+"""The one table of what trains in each stage, and the one function that obeys it.
+
+    stage      vision   abstractor   language model   pictures
+    language   –        –            trains           no        a stand-in for the foundation LLM that users bring
+    stage1     trains   trains       frozen           yes       mPLUG-Owl section 3.2, stage 1
+    stage2     frozen   trains       LoRA             yes       mPLUG-Owl section 3.2, stage 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from owl_model import OwlForConditionalGeneration
+from pipelines.settings import OwlError, Settings
+
+How = Literal["trains", "frozen", "lora"]
+
+
+@dataclass(frozen=True)
+class Trains:
+    vision: How
+    abstractor: How
+    language: How
+    pictures: bool = True
+    """Whether this stage looks at pictures at all."""
+
+
+STAGES = {
+    "language": Trains(vision="frozen", abstractor="frozen", language="trains", pictures=False),
+    "stage1": Trains(vision="trains", abstractor="trains", language="frozen"),
+    "stage2": Trains(vision="frozen", abstractor="trains", language="lora"),
+}
+
+
+class Lora(Settings):
+    """Low-rank adaptation of the language model (stage 2)."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: int = 32
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the update's input."""
+    targets: list[str] = ["q_proj", "v_proj"]
+    """Linear modules of the language model that are adapted."""
+
+
+def parts_of(owl: OwlForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    model = owl.model
+    return {
+        "vision": [model.vision_model],
+        "abstractor": [model.abstractor],
+        "language": [model.language_model, owl.lm_head],
+    }
+
+
+def prepare(owl: OwlForConditionalGeneration, trains: Trains, lora: Lora) -> nn.Module:
+    """Freezes and unfreezes as the table says; with LoRA, returns the model that peft wraps around ``owl``.
+
+    Frozen parts are put in evaluation mode by `train_mode`, so that their dropout and batch statistics rest too.
+    """
+    owl.requires_grad_(False)
+    model: nn.Module = owl
+    if trains.language == "lora":
+        targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
+        settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+        try:
+            model = get_peft_model(owl, settings)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise OwlError(f"no module of the language model is called {' or '.join(lora.targets)}: {error}") from None
+    for name, modules in parts_of(owl).items():
+        if getattr(trains, name) == "trains":
+            for module in modules:
+                module.requires_grad_(True)
+    return model
+
+
+def train_mode(owl: OwlForConditionalGeneration, trains: Trains) -> None:
+    owl.train()
+    for name, modules in parts_of(owl).items():
+        if getattr(trains, name) == "frozen":
+            for module in modules:
+                module.eval()
+
+
+def count_parameters(owl: OwlForConditionalGeneration) -> dict[str, dict[str, int]]:
+    """{"vision": {"trainable": n, "total": m}, …}; tied weights count once."""
+    table = {}
+    seen: set[int] = set()
+    for name, modules in parts_of(owl).items():
+        weights = [p for module in modules for p in module.parameters() if id(p) not in seen]
+        weights = list({id(p): p for p in weights}.values())
+        seen |= {id(p) for p in weights}
+        trainable = sum(p.numel() for p in weights if p.requires_grad)
+        table[name] = {"trainable": trainable, "total": sum(p.numel() for p in weights)}
+    return table

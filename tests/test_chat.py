@@ -1,0 +1,47 @@
+"""The one template: labels are the assistant's tokens, and training sees what serving sends."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def said(question: str, answer: str) -> list[dict]:
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def test_labels_decode_to_exactly_the_answers(processor):
+    messages = [*said("what color is the circle ?", "circle red"), *said("what color ?", "two")[:1]]
+    messages = [*said("what color is the circle ?", "circle red"), {"role": "user", "content": "the square ?"}]
+    messages.append({"role": "assistant", "content": "large"})
+    encoded = processor.encode(messages)
+    labelled = [label for label in encoded.labels if label != -100]
+    assert processor.tokenizer.decode(labelled) == "circle red</s> large</s>".replace("</s>", " </s>")
+    assert len(encoded.ids) == len(encoded.labels)
+
+
+def test_a_prompt_is_the_beginning_of_its_training_sample(processor):
+    messages = said("what color is the circle ?", "circle red")
+    trained = processor.encode(messages)
+    prompt = processor.encode(messages[:1], prompt=True)
+    assert trained.ids[: len(prompt.ids)] == prompt.ids
+
+
+def test_each_picture_takes_its_visual_tokens(processor):
+    encoded = processor.encode(said("?", "yes"))
+    assert encoded.images == 1
+    assert encoded.ids.count(processor.image_token_id) == processor.visual_tokens
+
+
+def test_a_picture_of_the_assistant_is_refused(processor):
+    with pytest.raises(ValueError, match="a picture in a message of the assistant"):
+        processor.encode([{"role": "assistant", "content": [{"type": "image"}]}])
+
+
+def test_padding_side(processor):
+    short, long = processor.encode(said("?", "yes")), processor.encode(said("what color is the circle ?", "red"))
+    left = processor.collate([short, long], side="left")
+    assert left["attention_mask"][0].tolist() == sorted(left["attention_mask"][0].tolist())
+    assert left["input_ids"][0].tolist()[-len(short.ids) :] == short.ids
