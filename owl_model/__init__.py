@@ -1,17 +1,30 @@
-"""Owl: mPLUG-Owl as plain PyTorch on transformers. Pictures and words in, a loss or an answer out."""
+"""Owl: mPLUG-Owl as plain PyTorch on transformers. Pictures and words in, a loss or an answer out.
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+Names are loaded when first used: who only opens pictures or writes templates never waits for torch.
+"""
 
-from owl_model.abstractor import OwlAbstractor
-from owl_model.chat import Template
-from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig
-from owl_model.images import ImageError, OwlImageProcessor, open_image
-from owl_model.modeling import OwlForConditionalGeneration, OwlModel
-from owl_model.processing import OwlProcessor
-from owl_model.vision import OwlVisionModel
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from owl_model.abstractor import OwlAbstractor
+    from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig
+    from owl_model.modeling import OwlForConditionalGeneration, OwlModel
+    from owl_model.processing import OwlImageProcessor, OwlProcessor
+    from owl_model.vision import OwlVisionModel
+
+PLACES = {
+    "OwlAbstractor": "abstractor",
+    "OwlAbstractorConfig": "config",
+    "OwlConfig": "config",
+    "OwlForConditionalGeneration": "modeling",
+    "OwlImageProcessor": "processing",
+    "OwlModel": "modeling",
+    "OwlProcessor": "processing",
+    "OwlVisionConfig": "config",
+    "OwlVisionModel": "vision",
+}
 __all__ = [
-    "ImageError",
     "OwlAbstractor",
     "OwlAbstractorConfig",
     "OwlConfig",
@@ -21,13 +34,10 @@ __all__ = [
     "OwlProcessor",
     "OwlVisionConfig",
     "OwlVisionModel",
-    "Template",
-    "open_image",
 ]
 
-AutoConfig.register("owl", OwlConfig, exist_ok=True)
-AutoConfig.register("owl_vision", OwlVisionConfig, exist_ok=True)
-AutoModel.register(OwlVisionConfig, OwlVisionModel, exist_ok=True)
-AutoModel.register(OwlConfig, OwlModel, exist_ok=True)
-AutoModelForImageTextToText.register(OwlConfig, OwlForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(OwlConfig, OwlProcessor, exist_ok=True)
+
+def __getattr__(name: str):
+    if name not in PLACES:
+        raise AttributeError(f"module 'owl_model' has no attribute {name!r}")
+    return getattr(import_module(f"owl_model.{PLACES[name]}"), name)

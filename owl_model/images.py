@@ -1,7 +1,8 @@
 """Image bytes → pixels: the one preprocessing of training, evaluation and serving.
 
-`open_image` turns any encoded picture into upright RGB, refusing what is too large *before* decoding it.
-`OwlImageProcessor` squashes to a square (mPLUG-Owl keeps no aspect ratio), scales and normalises.
+`open_image` turns any encoded picture into upright RGB, refusing what is too large *before* decoding it; `to_pixels`
+squashes it to a square (mPLUG-Owl keeps no aspect ratio), scales and normalises. Nothing here needs torch, so that
+curation can decode with the same code in processes that never load it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,38 +61,10 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode(open_header(data, max_pixels))
 
 
-class OwlImageProcessor(BaseImageProcessor):
-    """Picture → [3, S, S] float32, S = ``image_size``: squash (bicubic), 1/255, (x - mean) / std."""
-
-    model_input_names = ["pixel_values"]
-
-    def __init__(self, image_size: int = 224, image_mean=CLIP_MEAN, image_std=CLIP_STD, resample: int = 3, **kwargs):
-        super().__init__(**kwargs)
-        self.image_size = image_size
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        self.resample = resample
-
-    @classmethod
-    def from_backbone(cls, settings: dict) -> OwlImageProcessor:
-        """From the contents of a vision backbone's ``preprocessor_config.json``."""
-        size = settings.get("crop_size") or settings["size"]
-        if isinstance(size, dict):
-            size = size.get("height") or size["shortest_edge"]
-        return cls(size, settings["image_mean"], settings["image_std"], settings.get("resample", 3))
-
-    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
-        images = images if isinstance(images, (list, tuple)) else [images]
-        return BatchFeature({"pixel_values": torch.stack([self.pixels(image) for image in images])})
-
-    def __call__(self, images, **kwargs) -> BatchFeature:
-        return self.preprocess(images, **kwargs)
-
-    def pixels(self, image: Image.Image | bytes) -> torch.Tensor:
-        """One picture (or its encoded bytes) → [3, S, S]."""
-        image = open_image(image) if isinstance(image, bytes) else image.convert("RGB")
-        if image.size != (self.image_size, self.image_size):
-            image = image.resize((self.image_size, self.image_size), Image.Resampling(self.resample))
-        scaled = np.asarray(image, dtype=np.float32) / 255.0
-        normal = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return torch.from_numpy(normal.transpose(2, 0, 1).copy())
+def to_pixels(image: Image.Image, side: int, mean, std, resample: int) -> np.ndarray:
+    """RGB picture → [3, side, side] float32: squash, 1/255, (x - mean) / std."""
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling(resample))
+    scaled = np.asarray(image, dtype=np.float32) / 255.0
+    normal = (scaled - np.float32(mean)) / np.float32(std)
+    return normal.transpose(2, 0, 1).copy()

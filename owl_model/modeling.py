@@ -14,12 +14,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from owl_model.abstractor import OwlAbstractor
-from owl_model.config import OwlAbstractorConfig, OwlConfig, vision_width
-from owl_model.vision import flatten_features
+from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig, vision_width
+from owl_model.vision import OwlVisionModel, flatten_features
 
 
 class OwlPreTrainedModel(PreTrainedModel):
@@ -193,3 +200,10 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(loss=total / count, past_key_values=outputs.past_key_values)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, keep]), past_key_values=outputs.past_key_values)
+
+
+AutoConfig.register("owl", OwlConfig, exist_ok=True)
+AutoConfig.register("owl_vision", OwlVisionConfig, exist_ok=True)
+AutoModel.register(OwlVisionConfig, OwlVisionModel, exist_ok=True)
+AutoModel.register(OwlConfig, OwlModel, exist_ok=True)
+AutoModelForImageTextToText.register(OwlConfig, OwlForConditionalGeneration, exist_ok=True)

@@ -9,10 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import ProcessorMixin
+from PIL import Image
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from owl_model.chat import IGNORE, TEMPLATES, Encoded, Template, encode
 from owl_model.config import OwlConfig
+from owl_model.images import CLIP_MEAN, CLIP_STD, open_image, to_pixels
+
+
+class OwlImageProcessor(BaseImageProcessor):
+    """Picture → [3, S, S] float32, S = ``image_size``: squash (bicubic), 1/255, (x - mean) / std."""
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, image_size: int = 224, image_mean=CLIP_MEAN, image_std=CLIP_STD, resample: int = 3, **kwargs):
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.resample = resample
+
+    @classmethod
+    def from_backbone(cls, settings: dict) -> OwlImageProcessor:
+        """From the contents of a vision backbone's ``preprocessor_config.json``."""
+        size = settings.get("crop_size") or settings["size"]
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        return cls(size, settings["image_mean"], settings["image_std"], settings.get("resample", 3))
+
+    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        images = images if isinstance(images, (list, tuple)) else [images]
+        return BatchFeature({"pixel_values": torch.stack([self.pixels(image) for image in images])})
+
+    def __call__(self, images, **kwargs) -> BatchFeature:
+        return self.preprocess(images, **kwargs)
+
+    def pixels(self, image: Image.Image | bytes) -> torch.Tensor:
+        """One picture (or its encoded bytes) → [3, S, S]."""
+        image = open_image(image) if isinstance(image, bytes) else image.convert("RGB")
+        return torch.from_numpy(to_pixels(image, self.image_size, self.image_mean, self.image_std, self.resample))
 
 
 class OwlProcessor(ProcessorMixin):
@@ -73,3 +109,6 @@ class OwlProcessor(ProcessorMixin):
     def pad_id(self) -> int:
         """Masked wherever it stands, so any id serves where the tokenizer has no padding."""
         return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+
+AutoProcessor.register(OwlConfig, OwlProcessor, exist_ok=True)

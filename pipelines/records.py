@@ -43,7 +43,7 @@ LEDGER = pa.schema(
         ("repetition", pa.float32()),  # share of its commonest word
         ("sha256", pa.string()),
         ("phash", pa.string()),
-        ("thumbnail", pa.binary()),  # 8×8 RGB, to tell near duplicates from mere likeness
+        ("thumbnail", pa.binary()),  # 16×16 RGB, to tell near duplicates from mere likeness
         ("row", pa.int32()),  # row in the curated shard; null where it never got there
     ]
 )

@@ -18,7 +18,7 @@ from pipelines.curation.filters import Limits, caption_stats, judge_caption, jud
 from pipelines.curation.sources import RawSample
 from pipelines.records import images_in
 
-THUMBNAIL = 8
+THUMBNAIL = 16
 COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]).astype(np.float32)  # the DCT's first rows
 
 
@@ -97,5 +97,5 @@ def perceptual_hash(image: Image.Image) -> str:
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """8×8 RGB, 192 bytes: tells a re-encoded picture from another of like shapes and other colours."""
+    """16×16 RGB, 768 bytes: tells a re-encoded picture from another of like shapes."""
     return image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()

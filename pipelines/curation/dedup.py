@@ -1,12 +1,12 @@
 """Duplicate pictures, found by moving keys and never pictures.
 
 Two pictures are duplicates if their bytes are equal, or if their pHashes differ in at most ``radius`` of 64 bits and
-their 8×8 thumbnails by at most ``colour`` grey levels on average. The one that comes first stays: order is (shard,
+their 16×16 thumbnails by at most ``colour`` grey levels on average and ``detail`` anywhere. The one that comes first stays: order is (shard,
 row), so the decision does not depend on how the work was spread.
 
 Candidates come from the pigeonhole principle (Manku, Jain, Das Sarma 2007, section 3): of the hash's eight chunks, at
 least 8 - radius are equal between near duplicates; so every choice of that many chunks becomes a key, and a keyed
-exchange on Ray brings equal keys together. Each row is sent C(8, radius) times, 28 times at radius 6, at about 250
+exchange on Ray brings equal keys together. Each row is sent C(8, radius) times, 28 times at radius 6, at about 850
 bytes.
 """
 
@@ -30,7 +30,9 @@ class Deduplication(Settings):
     radius: int = 6
     """Bits of the 64-bit pHash that may differ between near duplicates; 0 to 7."""
     colour: float = 2.5
-    """Mean difference of the 8×8 thumbnails, in grey levels, up to which two pictures count as the same."""
+    """Mean difference of the 16×16 thumbnails, in grey levels, up to which two pictures count as the same."""
+    detail: int = 30
+    """Largest difference of the thumbnails anywhere, likewise: a shape that moved a little is another picture."""
 
 
 KEYED = pa.schema(
@@ -125,7 +127,8 @@ def duplicates_within(table: pa.Table, settings: dict) -> pa.Table:
         earlier = later - lag
         near = np.bitwise_count(hashes[later] ^ hashes[earlier]) <= settings["radius"]
         later, earlier = later[near], earlier[near]
-        near = np.abs(thumbnails[later] - thumbnails[earlier]).mean(axis=1) <= settings["colour"]
+        apart = np.abs(thumbnails[later] - thumbnails[earlier])
+        near = (apart.mean(axis=1) <= settings["colour"]) & (apart.max(axis=1) <= settings["detail"])
         same = sha[later] == sha[earlier]
         better = (near & ~exact[later]) | same
         first[later[better]] = earlier[better]

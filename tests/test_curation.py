@@ -1,0 +1,150 @@
+"""Curation of real files: the ledger against what was planted, resume, and one sentence for what the user can mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.world.shards import PLANTED, World, write_world
+from pipelines.curation.curate import Curation, curate
+from pipelines.curation.filters import Limits, caption_stats, judge_caption, judge_size
+from pipelines.curation.sources import find_shards, read_sample, read_shard
+from pipelines.settings import OwlError
+
+
+@pytest.fixture(scope="module")
+def curated(cluster, world, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp("curated") / "pairs")
+    return output, curate([f"{world}/raw/pairs"], output, Curation())
+
+
+def ledger_rows(output: str) -> list[dict]:
+    paths = sorted(os.scandir(f"{output}/ledger"), key=lambda entry: entry.name)
+    return [row for path in paths for row in pq.read_table(path.path).to_pylist()]
+
+
+def test_ledger_counts_equal_the_planted(curated):
+    output, manifest = curated
+    assert manifest["dropped"] == dict(sorted(PLANTED.items()))
+    assert dict(Counter(row["reason"] for row in ledger_rows(output) if row["reason"])) == PLANTED
+
+
+def test_every_shard_balances(curated, world):
+    output, manifest = curated
+    for entry in manifest["shards"]:
+        assert entry["in"] == entry["kept"] + sum(entry["dropped"].values())
+        assert entry["in"] == len(list(read_shard(entry["raw"])))
+    assert manifest["in"] == len(ledger_rows(output))
+
+
+def test_shards_open_with_plain_readers(curated):
+    output, manifest = curated
+    path = f"{output}/shards/{manifest['shards'][0]['shard']}.arrow"
+    with pa.memory_map(path) as source:
+        assert pa.ipc.open_file(source).read_all().num_rows > 0
+    datasets = pytest.importorskip("datasets")
+    assert len(datasets.load_dataset("arrow", data_files=path, split="train")) > 0
+
+
+def test_a_second_run_changes_nothing(curated, world):
+    output, manifest = curated
+    before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(f"{output}/shards")}
+    assert curate([f"{world}/raw/pairs"], output, Curation()) == manifest
+    assert before == {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(f"{output}/shards")}
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(curated, world):
+    with pytest.raises(OwlError, match=r"limits.min_words 2 → 3"):
+        curate([f"{world}/raw/pairs"], curated[0], Curation(limits=Limits(min_words=3)))
+
+
+def test_a_file_that_is_no_shard_is_named_after_the_others_are_done(cluster, world, tmp_path):
+    good = next((world / "raw/pairs").glob("*.tar"))
+    (tmp_path / "good.tar").write_bytes(good.read_bytes())
+    (tmp_path / "bad.tar").write_bytes(b"this is no tar" * 100)
+    with pytest.raises(OwlError, match=r"1 of 2 raw shards could not be used: .*bad\.tar cannot be read"):
+        curate([f"{tmp_path}/*.tar"], f"{tmp_path}/out", Curation())
+    assert len(os.listdir(f"{tmp_path}/out/markers")) == 1
+
+
+def test_a_sample_is_found_again_by_its_source(world):
+    path = find_shards([f"{world}/raw/pairs"])[0]
+    samples = list(read_shard(path))
+    again = read_sample(path, samples[5].source)
+    assert (again.key, again.images, again.captions) == (samples[5].key, samples[5].images, samples[5].captions)
+
+
+def test_sources_of_every_layout_give_the_same_samples(world, tmp_path):
+    samples = [s for s in read_shard(find_shards([f"{world}/raw/pairs"])[0]) if s.reason is None][:4]
+    table = pa.table({"key": [s.key for s in samples], "image": [s.images[0] for s in samples]})
+    pq.write_table(table.append_column("caption", pa.array([s.captions for s in samples])), tmp_path / "a.parquet")
+    with open(tmp_path / "b.jsonl", "w") as file:
+        for s in samples:
+            (tmp_path / f"{s.key}.jpg").write_bytes(s.images[0])
+            file.write(json.dumps({"key": s.key, "image": f"{s.key}.jpg", "captions": s.captions}) + "\n")
+    wanted = [(s.key, s.images, s.captions) for s in samples]
+    for name in ("a.parquet", "b.jsonl"):
+        assert [(s.key, s.images, s.captions) for s in read_shard(f"{tmp_path}/{name}")] == wanted
+
+
+def test_braces_and_globs(tmp_path):
+    for name in ("x-0.tar", "x-1.tar", "y-0.tar"):
+        (tmp_path / name).touch()
+    assert [p[-7:] for p in find_shards([f"{tmp_path}/{{x,y}}-0.tar"])] == ["x-0.tar", "y-0.tar"]
+    with pytest.raises(OwlError, match="no raw shards at"):
+        find_shards([f"{tmp_path}/z-*.tar"])
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("a red circle", None),
+        ("  \n", "caption_empty"),
+        ("IMG_2041.jpg", "caption_junk"),
+        ("### $$$ !!!", "caption_junk"),
+        ("buy buy buy buy buy", "caption_junk"),
+        ("circle", "caption_short"),
+    ],
+)
+def test_captions(caption, reason):
+    assert judge_caption(caption, caption_stats(caption), Limits()) == reason
+
+
+@pytest.mark.parametrize(("size", "reason"), [((64, 64), None), ((63, 200), "image_small"), ((80, 241), "image_aspect")])
+def test_sizes(size, reason):
+    assert judge_size(*size, Limits()) == reason
+
+
+def test_killed_and_run_again_equals_undisturbed(world, tmp_path):
+    """kill -9 of the driver while shards are being written; the rerun gives the same dataset."""
+    for part in ("pairs",):
+        write_world(tmp_path / "world", World(pairs=600, shards=12, seed=3), part)
+    command = [sys.executable, "-m", "jobs.cli", "curate", f"{tmp_path}/world/raw/pairs", "--out"]
+    killed = subprocess.Popen([*command, f"{tmp_path}/killed"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    markers = tmp_path / "killed/markers"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (markers.exists() and any(markers.iterdir())):
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = len(list(markers.glob("*.json")))
+    for name in ("killed", "calm"):
+        subprocess.run([*command, f"{tmp_path}/{name}"], check=True, capture_output=True, timeout=120)
+    assert 0 < done
+    for folder in ("shards", "ledger"):
+        for entry in os.scandir(tmp_path / "calm" / folder):
+            other = tmp_path / "killed" / folder / entry.name
+            if folder == "shards":
+                assert other.read_bytes() == open(entry.path, "rb").read()
+            else:
+                assert pq.read_table(other).equals(pq.read_table(entry.path))
+    assert not list((tmp_path / "killed").rglob("*.partial"))
