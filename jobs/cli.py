@@ -206,8 +206,12 @@ def serve(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder; leave it out with --url.")] = "",
-    url: Annotated[str, typer.Option("--url", help="An endpoint instead of a folder, such as http://host:8000/v1.")] = "",
-    image: Annotated[list[Path] | None, typer.Option("--image", help="A picture to begin with. May be repeated.")] = None,
+    url: Annotated[
+        str, typer.Option("--url", help="An endpoint instead of a folder, such as http://host:8000/v1.")
+    ] = "",
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="A picture to begin with. May be repeated.")
+    ] = None,
     question: Annotated[str, typer.Option("--question", "-q", help="Ask this one thing and end.")] = "",
 ) -> None:
     """Talk to a model folder or an endpoint. In the conversation: /image PATH adds a picture, /new starts afresh."""
@@ -242,8 +246,6 @@ def explain(settings: Settings, prefix: str = "") -> None:
             Console().print(f"  {prefix}{name} = {value!r}  [dim]{field.description or ''}[/dim]", highlight=False)
 
 
-
-
 def main() -> None:
     """Entry point of `owl`."""
     try:
@@ -254,3 +256,7 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("\nowl: stopped; the same command goes on from here")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,6 @@ from pipelines.evaluation.report import score_table
 from pipelines.progress import progress
 from pipelines.serving import serve
 from pipelines.settings import OwlError
-from pipelines.training.feed import Dataset
 from pipelines.training.train import Stage, train
 
 console = Console(stderr=True, highlight=False)

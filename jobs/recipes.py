@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from jobs.world.shards import World
 from pipelines.curation.curate import Curation
 from pipelines.curation.filters import Limits
 from pipelines.evaluation.evaluate import Evaluation
@@ -14,7 +15,6 @@ from pipelines.settings import SettingError, Settings, refuse_unknown
 from pipelines.training.stages import Lora
 from pipelines.training.step import Optimization
 from pipelines.training.train import Stage
-from jobs.world.shards import World
 
 
 class Parts(Settings):

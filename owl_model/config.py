@@ -98,7 +98,9 @@ class OwlConfig(PretrainedConfig):
 def vision_width(config: PretrainedConfig) -> int:
     """Width of the last features of a vision backbone, transformer or CNN."""
     if config.model_type == "mobilenet_v2":  # its config states multipliers, not the final width
-        return 1280 if config.finegrained_output or config.depth_multiplier <= 1 else int(1280 * config.depth_multiplier)
+        return (
+            1280 if config.finegrained_output or config.depth_multiplier <= 1 else int(1280 * config.depth_multiplier)
+        )
     if hidden_sizes := getattr(config, "hidden_sizes", None):
         return hidden_sizes[-1]
     return config.hidden_size

@@ -1,7 +1,7 @@
 """OwlProcessor = images + chat: a conversation with its pictures → the model's inputs.
 
-    encode   one conversation → ids, labels, number of pictures
-    collate  encoded conversations and their pixels → a padded batch
+encode   one conversation → ids, labels, number of pictures
+collate  encoded conversations and their pixels → a padded batch
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from owl_model.chat import IGNORE, TEMPLATES, Encoded, Template, encode
@@ -71,6 +71,13 @@ class OwlProcessor(ProcessorMixin):
         self.visual_tokens = visual_tokens
         self.template = template or {**vars(TEMPLATES["owl1"])}
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, folder, processor_dict=None, **kwargs):
+        """transformers' hook for the parts of a saved processor: the image processor is ours, the tokenizer any."""
+        pictures = dict((processor_dict or {})["image_processor"])
+        pictures.pop("image_processor_type", None)
+        return [OwlImageProcessor(**pictures), AutoTokenizer.from_pretrained(folder)]
 
     @classmethod
     def for_model(cls, config: OwlConfig, image_processor, tokenizer, template: str) -> OwlProcessor:

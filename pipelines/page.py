@@ -84,9 +84,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int = 
     def cells(tag: str, values: Sequence[object]) -> Markup:
         kinds = (Markup(" class=n") if index >= numeric else Markup("") for index in range(len(values)))
         cell = Markup("<{0}{1}>{2}</{0}>")
-        return Markup("").join(
-            cell.format(Markup(tag), kind, value) for kind, value in zip(kinds, values, strict=True)
-        )
+        return Markup("").join(cell.format(Markup(tag), kind, value) for kind, value in zip(kinds, values, strict=True))
 
     body = Markup("").join(Markup("<tr>{}</tr>").format(cells("td", row)) for row in rows)
     return Markup("<div class=scroll><table><tr>{}</tr>{}</table></div>").format(cells("th", head), body)

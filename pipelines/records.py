@@ -48,7 +48,9 @@ LEDGER = pa.schema(
     ]
 )
 
-SELECTION = pa.schema([("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("kept_instead", pa.string())])
+SELECTION = pa.schema(
+    [("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("kept_instead", pa.string())]
+)
 """Rows of one curated shard that later decisions leave out."""
 
 ANSWERS = pa.schema(
@@ -99,5 +101,3 @@ def caption_messages(caption: str) -> list[dict]:
 
 def images_in(messages: list[dict]) -> int:
     return sum(part["type"] == "image" for message in messages for part in parts(message["content"]))
-
-

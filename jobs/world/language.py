@@ -158,5 +158,3 @@ def text_only(random: Random) -> Turn:
             Turn(f"which number comes after {NUMBERS[after]} ?", NUMBERS[after + 1]),
         ]
     )
-
-

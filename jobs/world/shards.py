@@ -281,5 +281,3 @@ def write_shards(folder: Path, name: str, samples, number: int, tick: Callable[[
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_bytes(data)
         partial.replace(path)
-
-

@@ -1,6 +1,6 @@
 """One raw sample → the verdict on it, its statistics and its stored form. Cheap checks come first.
 
-    captions → header (size, format, bombs) → pixels → hashes → stored bytes
+captions → header (size, format, bombs) → pixels → hashes → stored bytes
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def judge(sample: RawSample, limits: Limits, short_side: int | None) -> dict:
         row["reason"] = judge_words(sample, limits, row)
     if row["reason"] is None and sample.images:
         try:
-            stored = [judge_image(data, limits, short_side, row if i == 0 else {}) for i, data in enumerate(sample.images)]
+            stored = [
+                judge_image(data, limits, short_side, row if i == 0 else {}) for i, data in enumerate(sample.images)
+            ]
             row["image"], row["more_images"] = stored[0], stored[1:] or None
         except ImageError as error:
             row["reason"], row["detail"] = error.reason, str(error)

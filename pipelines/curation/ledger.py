@@ -1,6 +1,6 @@
 """The books of a curated dataset: one ledger row for every raw sample, one marker for every finished raw shard.
 
-    shards/ID.arrow  ledger/ID.parquet  selection/ID.parquet  markers/ID.json      ID names the raw shard
+shards/ID.arrow  ledger/ID.parquet  selection/ID.parquet  markers/ID.json      ID names the raw shard
 """
 
 from __future__ import annotations
@@ -103,4 +103,3 @@ def total(entries: list[dict]) -> dict[str, Any]:
         dropped.update(entry["dropped"])
     counted = {"in": sum(e["in"] for e in entries), "kept": sum(e["kept"] for e in entries)}
     return {**counted, "dropped": dict(sorted(dropped.items()))}
-

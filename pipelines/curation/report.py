@@ -30,7 +30,9 @@ def write_report(path: str, output: str, manifest: dict) -> None:
         title = f"Dropped: {reason} ({dropped[reason]:,})"
         parts.append(section(title, paragraph(REASONS[reason]), pictures([picture(*one) for one in found])))
     parts += [section(name, bars(histogram(values))) for name, values in stats.items() if len(values)]
-    rows = [(entry["shard"], entry["in"], entry["kept"], sum(entry["dropped"].values())) for entry in manifest["shards"]]
+    rows = [
+        (entry["shard"], entry["in"], entry["kept"], sum(entry["dropped"].values())) for entry in manifest["shards"]
+    ]
     parts.append(section("The books, by raw shard", table(("shard", "in", "kept", "dropped"), rows)))
     storage.write_text(path, page("Curation report", lead, *parts))
 

@@ -162,4 +162,3 @@ class Feed:
         for key, value in fresh.items():
             self.kept.put(key, value)
         return rows
-

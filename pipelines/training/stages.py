@@ -1,9 +1,9 @@
 """The one table of what trains in each stage, and the one function that obeys it.
 
-    stage      vision   abstractor   language model   pictures
-    language   –        –            trains           no        a stand-in for the foundation LLM that users bring
-    stage1     trains   trains       frozen           yes       mPLUG-Owl section 3.2, stage 1
-    stage2     frozen   trains       LoRA             yes       mPLUG-Owl section 3.2, stage 2
+stage      vision   abstractor   language model   pictures
+language   –        –            trains           no        a stand-in for the foundation LLM that users bring
+stage1     trains   trains       frozen           yes       mPLUG-Owl section 3.2, stage 1
+stage2     frozen   trains       LoRA             yes       mPLUG-Owl section 3.2, stage 2
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ def read(folder: str) -> list[Question]:
     with storage.open_read(path) as file:
         rows = [json.loads(line) for line in file]
     return [
-        Question(row["id"], row["type"], row["messages"], [f"{folder}/{name}" for name in row["pictures"]], row["answer"])
+        Question(
+            row["id"], row["type"], row["messages"], [f"{folder}/{name}" for name in row["pictures"]], row["answer"]
+        )
         for row in rows
     ]

@@ -1,0 +1,110 @@
+"""The house: imports in one direction, the README true, recipes sound, the world as it says, errors in one sentence."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import recipes
+from jobs.recipes import RECIPES, load
+from jobs.world.scenes import HELD_OUT
+from jobs.world.shards import World, instructions, pairs, texts
+from pipelines.settings import SettingError, Settings
+
+ROOT = Path(__file__).parents[1]
+LEVEL = {"owl_model": 0, "pipelines": 1, "jobs": 2}
+SOURCES = [path for top in LEVEL for path in (ROOT / top).rglob("*.py")]
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    top = path.relative_to(ROOT).parts[0]
+    for name in imported(path):
+        assert LEVEL.get(name, -1) <= LEVEL[top], f"{path} imports {name}"
+        assert not (top == "owl_model" and name == "ray")
+
+
+def test_every_path_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_command_in_the_readme_is_one_that_owl_has():
+    for line in re.findall(r"^\$ owl (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        verb = line.split()[0]
+        text = subprocess.run([sys.executable, "-m", "jobs.cli", verb, "--help"], capture_output=True, text=True).stdout
+        for option in re.findall(r"--[a-z]+", line):
+            assert option in text, f"owl {verb} has no {option}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_load_and_say_what_they_are(name):
+    recipe = load(name)
+    assert recipe.about.startswith("owl ")
+    assert recipe.about.count(" · ") >= 3
+
+
+def test_every_setting_has_a_help_text():
+    def check(kind: type[Settings]) -> None:
+        for name, field in kind.model_fields.items():
+            assert field.description, f"{kind.__name__}.{name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                check(field.annotation)
+
+    check(recipes.Recipe)
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest():
+    with pytest.raises(SettingError, match="unknown recipe 'dmeo'; did you mean 'demo'"):
+        load("dmeo")
+
+
+def test_held_out_combinations_appear_nowhere_in_training():
+    small = World(pairs=400, instructions=200, texts=400)
+    spoken = []
+    for sample in (*pairs(small), *instructions(small), *texts(small)):
+        fields = json.loads(dict(sample)["json"])
+        spoken += fields.get("captions") or [json.dumps(fields["messages"])]
+    text = " ".join(spoken)
+    for size, colour, kind in HELD_OUT:
+        assert f"{kind} {size} {colour}" not in text
+    assert "circle large red" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["curate", "/nowhere/*.tar", "--out", "OUT"], "no raw shards at '/nowhere/*.tar'"),
+        (["curate", "x.tar", "--out", "OUT", "--set", "limits.min_word=3"], "did you mean 'min_words'"),
+        (["curate", "x.tar", "--out", "OUT", "--recipe", "real_smal"], "did you mean 'real_small'"),
+        (["train", "stage9", "--data", "x", "--run", "OUT"], "unknown stage 'stage9'"),
+        (["train", "stage1", "--data", "/nowhere", "--run", "OUT", "--start", "/nowhere"], "no model folder to begin"),
+        (["eval", "/nowhere", "--benchmark", "picture_world", "--data", "x", "--out", "OUT"], "no model folder at"),
+        (["serve", "/nowhere"], "no model folder at '/nowhere'"),
+        (["chat", "/nowhere"], "no model folder at '/nowhere'"),
+        (["chat"], "name either a model folder or --url"),
+    ],
+)
+def test_what_the_user_can_mend_ends_in_one_sentence(arguments, says, tmp_path):
+    arguments = [argument.replace("OUT", str(tmp_path / "out")) for argument in arguments]
+    done = subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

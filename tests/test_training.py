@@ -1,0 +1,183 @@
+"""Order, feed, step and stages; and a real run that is killed and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from owl_model import OwlForConditionalGeneration
+from pipelines.curation.curate import Curation, curate
+from pipelines.settings import OwlError, SettingError, with_overrides
+from pipelines.training import stages
+from pipelines.training.feed import Dataset, Feed, Kept
+from pipelines.training.order import Order
+from pipelines.training.step import NonFinite, Optimization, build_optimizers, schedule, train_step
+from pipelines.training.train import Stage, train
+
+
+@pytest.fixture(scope="module")
+def datasets(cluster, world, tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("datasets")
+    for part in ("pairs", "instructions", "text"):
+        settings = Curation() if part == "pairs" else Curation(deduplication=None)
+        curate([f"{world}/raw/{part}"], f"{root}/{part}", settings)
+    return {part: f"{root}/{part}" for part in ("pairs", "instructions", "text")}
+
+
+def test_every_epoch_is_a_permutation_and_no_two_are_alike():
+    order = Order((5, 7, 3, 9), seed=4)
+    epochs = [[order.at(p) for p in range(24 * e, 24 * (e + 1))] for e in range(3)]
+    everything = sorted((s, r) for s, n in enumerate(order.rows) for r in range(n))
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_global_batch_is_the_same_for_any_number_of_workers(world_size):
+    order = Order((50,), seed=0)
+    together = [p for rank in range(world_size) for p in order.batch(3, 12, rank, world_size)]
+    assert sorted(together) == list(range(36, 48))
+
+
+def test_dropped_duplicates_are_not_fed(datasets):
+    dataset = Dataset([datasets["pairs"]])
+    keys = [dataset.read(s, r)["key"] for s, n in enumerate(dataset.rows) for r in range(n)]
+    assert len(keys) == len(set(keys))
+    hashes = [dataset.read(s, r)["sha256"] for s, n in enumerate(dataset.rows) for r in range(n)]
+    assert len(hashes) == len(set(hashes))
+
+
+def test_a_batch_depends_on_its_step_alone(datasets, processor):
+    dataset = Dataset([datasets["instructions"]])
+    order = Order(dataset.rows, seed=1)
+    straight = list(Feed(dataset, processor, order, 4).batches(0, 6))
+    later = next(Feed(dataset, processor, order, 4).batches(5, 6))
+    assert later.keys == straight[5].keys
+    assert torch.equal(later.inputs["input_ids"], straight[5].inputs["input_ids"])
+
+
+def test_features_of_a_frozen_encoder_are_computed_once(datasets, processor):
+    seen = []
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return pixels.mean(dim=(2, 3))[:, None]
+
+    dataset = Dataset([datasets["pairs"]])
+    feed = Feed(dataset, processor, Order(dataset.rows, seed=0), len(Order(dataset.rows, 0)), encode_pictures=encode)
+    first, second = feed.batch(0), feed.batch(1)
+    assert sum(seen) == sum(dataset.rows)
+    lookup = dict(zip(first.keys, first.inputs["vision_features"], strict=True))
+    for key, value in zip(second.keys, second.inputs["vision_features"], strict=True):
+        assert torch.equal(lookup[key], value)
+
+
+def test_kept_values_stay_within_their_limit():
+    kept = Kept(limit=100)
+    for key in range(10):
+        kept.put(key, torch.zeros(10))
+    assert kept.size <= 100
+    assert kept.get(9) is not None
+    assert kept.get(0) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "moving"),
+    [("language", {"language"}), ("stage1", {"vision", "abstractor"}), ("stage2", {"abstractor", "language"})],
+)
+def test_only_what_the_table_says_moves(owl, datasets, processor, stage, moving):
+    trains = stages.STAGES[stage]
+    model = stages.prepare(owl, trains, stages.Lora(dropout=0.0))
+    stages.train_mode(owl, trains)
+    counts = stages.count_parameters(owl)
+    assert {name for name, count in counts.items() if count["trainable"]} == moving
+    before = {name: value.clone() for name, value in owl.named_parameters()}
+    dataset = Dataset([datasets["instructions"]])
+    feed = Feed(dataset, processor, Order(dataset.rows, 0), 8, pictures=trains.pictures)
+    settings = Optimization(learning_rate=1e-2, warmup=1)
+    for step in range(2):  # LoRA's first matrix moves only after its second has
+        train_step(model, feed.batch(step), build_optimizers(model, settings), settings, 1.0)
+    moved = {name for name, value in owl.named_parameters() if not torch.equal(value, before[name])}
+    trainable = {name for name, value in owl.named_parameters() if value.requires_grad}
+    assert moved <= trainable
+    if stage == "stage2":
+        assert all("lora_" in name for name in moved if "language_model" in name)
+        assert any("lora_" in name for name in moved)
+    assert any("abstractor" in name for name in moved) == ("abstractor" in moving)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_optimizer_moves(owl, datasets, processor):
+    model = stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
+    with torch.no_grad():
+        owl.model.abstractor.visual_fc.weight[0, 0] = float("nan")
+    before = owl.model.abstractor.query_tokens.clone()
+    dataset = Dataset([datasets["pairs"]])
+    batch = Feed(dataset, processor, Order(dataset.rows, 0), 2).batch(0)
+    settings = Optimization()
+    with pytest.raises(NonFinite, match=batch.keys[0]):
+        train_step(model, batch, build_optimizers(model, settings), settings, 1.0)
+    assert torch.equal(before, owl.model.abstractor.query_tokens)
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    rates = [schedule(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[-1] < 0.001
+
+
+def test_misspelt_settings_are_refused_with_the_nearest_name():
+    with pytest.raises(SettingError, match="unknown setting 'stpes'; did you mean 'steps'"):
+        with_overrides(Stage(), {"stpes": "3"})
+    with pytest.raises(SettingError, match="setting steps cannot be 'many'"):
+        with_overrides(Stage(), {"steps": "many"})
+    assert with_overrides(Stage(), {"optimization.warmup": "7"}).optimization.warmup == 7
+
+
+def test_stage_one_on_two_workers(cluster, datasets, model_folder, tmp_path):
+    settings = Stage(
+        data=[datasets["pairs"]],
+        start=model_folder,
+        steps=6,
+        batch_size=8,
+        workers=2,
+        checkpoint_every=3,
+        log_every=1,
+        optimization=Optimization(learning_rate=1e-3, warmup=2),
+    )
+    log = train("stage1", settings, f"{tmp_path}/run")
+    assert [entry["step"] for entry in log["history"]] == [1, 2, 3, 4, 5, 6]
+    before = OwlForConditionalGeneration.from_pretrained(model_folder).state_dict()
+    after = OwlForConditionalGeneration.from_pretrained(f"{tmp_path}/run/model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("model.vision_model", "model.abstractor")) for name in changed)
+    assert train("stage1", settings, f"{tmp_path}/run") == log
+    with pytest.raises(OwlError, match="steps 6 → 7"):
+        train("stage1", settings.model_copy(update={"steps": 7}), f"{tmp_path}/run")
+
+
+@pytest.mark.slow
+def test_killed_driver_goes_on_to_the_same_losses(datasets, model_folder, tmp_path):
+    command = [sys.executable, "-m", "jobs.cli", "train", "stage1", "--recipe", "demo", "--data", datasets["pairs"]]
+    command += ["--start", model_folder, "--set", "steps=60", "--set", "checkpoint_every=10", "--set", "log_every=1"]
+    killed = subprocess.Popen([*command, "--run", f"{tmp_path}/killed"], stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed/checkpoints"
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(checkpoints.glob("step_*")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for name in ("killed", "calm"):
+        subprocess.run([*command, "--run", f"{tmp_path}/{name}"], check=True, capture_output=True, timeout=300)
+    a = OwlForConditionalGeneration.from_pretrained(f"{tmp_path}/killed/model").state_dict()
+    b = OwlForConditionalGeneration.from_pretrained(f"{tmp_path}/calm/model").state_dict()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
