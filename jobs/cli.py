@@ -163,7 +163,8 @@ def eval(
         if benchmark == "caption_loss":
             low, high = results["interval"]
             Console().print(
-                f"loss per token with the right picture {results['right']:.4f}, with a wrong one {results['wrong']:.4f}; "
+                f"loss per token with the right picture {results['right']:.4f}, "
+                f"with a wrong one {results['wrong']:.4f}; "
                 f"difference {results['difference']:.4f}, 95 % interval {low:.4f} to {high:.4f} "
                 f"({results['captions']} captions of {results['pictures']} pictures)"
             )

@@ -45,7 +45,7 @@ def run(folder: str, recipe: Recipe) -> dict:
         manifests = {part: curate_part(root, part, recipe) for part in ("pairs", "instructions", "text")}
     check_ledger(manifests["pairs"], root)
     with timed(seconds, "language", "3/7  Train a small language model on the world's text alone"):
-        parts, first = put_together(root, recipe)
+        parts = put_together(root, recipe)
         logs = {"language": train_stage(root, "language", recipe.language, parts, ["text"])}
     with timed(seconds, "stage1", "4/7  Stage 1: vision encoder and abstractor learn, the language model is frozen"):
         logs["stage1"] = train_stage(root, "stage1", recipe.stage1, f"{root}/runs/language/model", ["pairs"])
@@ -117,13 +117,13 @@ def check_ledger(manifest: dict, root: Path) -> None:
     console.print(f"  {manifest['in']:,} in = {manifest['kept']:,} kept + {sum(planted.values())} dropped, as planted")
 
 
-def put_together(root: Path, recipe: Recipe) -> tuple[str, str]:
+def put_together(root: Path, recipe: Recipe) -> str:
     """The untrained language model with a tokenizer of its own, and the Owl around it."""
     language, owl = f"{root}/runs/parts/language", f"{root}/runs/parts/owl"
     if not storage.exists(f"{owl}/finished"):
         write_tiny_language_model(spoken(f"{root}/curated/text"), language)
         assemble(recipe.parts.model_copy(update={"language_model": language}), owl)
-    return owl, language
+    return owl
 
 
 def spoken(dataset: str) -> Iterator[str]:

@@ -121,7 +121,7 @@ def real_small() -> Recipe:
         workers=2, batch_size=32, optimization=optimization, freeze_vision=True, checkpoint_every=100, steps=400
     )
     return Recipe(
-        about="owl train stage1 --recipe real_small · 2 CPU cores, 4 GB · 4 minutes · the right picture lowers the loss",
+        about="owl train stage1 --recipe real_small · 2 CPU cores, 4 GB · 4 minutes · the picture lowers the loss",
         parts=Parts(
             vision=f"{weights}/mobilenet-v2-imagenet",
             language_model=f"{weights}/tinystories-llama/stories260K",

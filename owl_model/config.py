@@ -7,6 +7,8 @@ Widths are checked here, when the configuration is built, and refused with both 
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 
@@ -68,10 +70,10 @@ class OwlConfig(PretrainedConfig):
         "text_config": AutoConfig,
     }
 
-    vision_config: dict | PretrainedConfig | None = None
-    abstractor_config: dict | PretrainedConfig | None = None
-    text_config: dict | PretrainedConfig | None = None
-    image_token_id: int | None = None
+    vision_config: Any = None
+    abstractor_config: Any = None
+    text_config: Any = None
+    image_token_id: Any = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

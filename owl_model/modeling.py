@@ -67,6 +67,8 @@ class OwlModel(OwlPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Pictures → ``pooler_output`` [N, Q + 1, Dt], ready to stand among the words."""
         if vision_features is None:
+            if pixel_values is None:
+                raise ValueError("give pixel_values or vision_features")
             vision_features = self.get_vision_features(pixel_values)
         tokens = self.abstractor(vision_features.to(self.abstractor.query_tokens.dtype))
         return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=tokens)

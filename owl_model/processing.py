@@ -100,7 +100,7 @@ class OwlProcessor(ProcessorMixin):
     def collate(self, batch: Sequence[Encoded], *, side: str = "right") -> dict[str, torch.Tensor]:
         """[B, L] ids, mask and labels, padded on ``side`` ("right" to train, "left" to generate)."""
         length = max(len(item.ids) for item in batch)
-        rows = {"input_ids": [], "attention_mask": [], "labels": []}
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for item in batch:
             gap = length - len(item.ids)
             for name, values, filler in (

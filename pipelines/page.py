@@ -96,10 +96,10 @@ def picture(data: bytes | None, caption: str | Markup, side: int = 240) -> Marku
         image = Image.open(io.BytesIO(data or b""))
         if image.width * image.height > 50_000_000:
             raise ValueError("too large to show")
-        image = image.convert("RGB")
-        image.thumbnail((side, side))
+        small = image.convert("RGB")
+        small.thumbnail((side, side))
         buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=80)
+        small.save(buffer, "WEBP", quality=80)
         source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
         shown = Markup('<img alt="{}" src="{}">').format(caption, source)
     except (OSError, ValueError, Image.DecompressionBombError):

@@ -37,7 +37,7 @@ class Counter:
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[ray.actor.ActorHandle]:
     """Yields the handle that workers call ``advance`` or ``at`` on."""
-    counter = Counter.remote(done)
+    counter = Counter.remote(done)  # type: ignore[attr-defined]
     stop = threading.Event()
     drawing = threading.Thread(target=draw, args=(counter, title, total, unit, stop), daemon=True)
     drawing.start()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -146,7 +147,7 @@ def test_killed_and_run_again_equals_undisturbed(world, tmp_path):
         for entry in os.scandir(tmp_path / "calm" / folder):
             other = tmp_path / "killed" / folder / entry.name
             if folder == "shards":
-                assert other.read_bytes() == open(entry.path, "rb").read()
+                assert other.read_bytes() == Path(entry.path).read_bytes()
             else:
                 assert pq.read_table(other).equals(pq.read_table(entry.path))
     assert not list((tmp_path / "killed").rglob("*.partial"))

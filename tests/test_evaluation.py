@@ -38,7 +38,8 @@ def test_controls_show_another_picture_or_none(world):
     for question in questions:
         other, none = shown(question, "wrong picture", questions), shown(question, "no picture", questions)
         if not question.pictures:
-            assert other is None and none is None
+            assert other is None
+            assert none is None
             continue
         assert other["pictures"] != question.pictures
         assert len(other["pictures"]) == len(question.pictures)

@@ -94,7 +94,7 @@ def test_adjacent_images_are_both_seen(owl, processor):
 
 def test_a_missing_image_is_refused_with_both_counts(owl, processor):
     ids = torch.tensor([processor.encode(ask("image", "circle ?")).ids])
-    with pytest.raises(ValueError, match="11 image placeholders .* but 0 visual tokens"):
+    with pytest.raises(ValueError, match=r"11 image placeholders .* but 0 visual tokens"):
         owl(input_ids=ids)
 
 
@@ -115,7 +115,7 @@ def test_text_alone_gives_the_visual_modules_zero_gradients(owl):
 
 
 def test_widths_that_do_not_fit_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="width 96, but abstractor_config.encoder_hidden_size is 64"):
+    with pytest.raises(ValueError, match=r"width 96, but abstractor_config\.encoder_hidden_size is 64"):
         OwlConfig(
             vision_config=OwlVisionConfig(hidden_size=96, num_attention_heads=4),
             abstractor_config=OwlAbstractorConfig(encoder_hidden_size=64, hidden_size=64, num_attention_heads=4),

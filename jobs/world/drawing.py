@@ -33,9 +33,9 @@ def outline(kind: str, x: float, y: float, reach: float) -> list[tuple[float, fl
         a, b = reach, reach * 0.32
         corners = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b)]
         return [(x + dx, y + dy) for dx, dy in [*corners, (-b, -b)]]
-    corners = 40 if kind == "circle" else 10
+    number = 40 if kind == "circle" else 10
     radii = (reach, reach) if kind == "circle" else (reach, reach * 0.42)
-    turns = [(2 * pi * i / corners - pi / 2, radii[i % 2]) for i in range(corners)]
+    turns = [(2 * pi * i / number - pi / 2, radii[i % 2]) for i in range(number)]
     return [(x + r * cos(angle), y + r * sin(angle)) for angle, r in turns]
 
 
@@ -59,10 +59,13 @@ def render(scene: Scene, random: Random) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, center: tuple, cell: float, random: Random) -> None:
+def draw_shape(
+    pen: ImageDraw.ImageDraw, shape: Shape, center: tuple[float, float], cell: float, random: Random
+) -> None:
     reach = REACH[shape.size] * random.uniform(0.93, 1.07) * cell
     colour = tuple(min(255, max(0, value + random.randint(-14, 14))) for value in RGB[shape.colour])
-    pen.polygon(outline(shape.kind, *center, reach), fill=colour)
+    x, y = center
+    pen.polygon(outline(shape.kind, x, y, reach), fill=colour)
 
 
 def encode(image: Image.Image, extension: str, quality: int = 90) -> bytes:

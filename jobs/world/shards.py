@@ -189,23 +189,24 @@ def compared(first: Scene, second: Scene, random: Random) -> list[language.Turn]
     return list({turn.question: turn for turn in turns}.values())
 
 
-def draw_conversation(random: Random, most: int) -> tuple[list[Scene], list[language.Turn]]:
-    """Scenes and turns: about one scene, a leaning dialogue, two scenes compared, or no scene at all."""
+def draw_conversation(random: Random, most: int, others: float) -> tuple[list[Scene], list[language.Turn]]:
+    """Scenes and turns. With probability ``others`` a leaning dialogue, two scenes compared, or no scene at all;
+    several questions about one scene otherwise."""
     first, second = draw_scene(random, held_out=False), draw_scene(random, held_out=False)
-    kind = random.random()
-    if kind < 0.04:
-        return [], [language.text_only(random) for _ in range(3)]
-    if kind < 0.12:
-        return [first, second], compared(first, second, random)
-    if kind < 0.2:
+    if random.random() >= others:
+        return [first], language.several_turns(first, random, most)
+    kind = random.choice(("dialogue", "comparison", "text_only"))
+    if kind == "dialogue":
         return [first], language.dialogue(first, random)
-    return [first], language.several_turns(first, random, most)
+    if kind == "comparison":
+        return [first, second], compared(first, second, random)
+    return [], [language.text_only(random) for _ in range(3)]
 
 
 def instructions(world: World) -> Iterator[Members]:
     random = Random(f"{world.seed} instructions")
     for _ in range(world.instructions):
-        scenes, turns = draw_conversation(random, world.turns)
+        scenes, turns = draw_conversation(random, world.turns, others=0.3)
         pictures = [encode(render(scene, random), "jpg") for scene in scenes]
         messages = conversation([{"type": "image"}] * len(scenes), turns)
         names = ["jpg", "2.jpg"][: len(pictures)]
@@ -217,13 +218,13 @@ def texts(world: World) -> Iterator[Members]:
     in what it was given. A tenth asks for nothing and is answered by a caption."""
     random = Random(f"{world.seed} texts")
     for _ in range(world.texts):
-        scenes, turns = draw_conversation(random, world.turns)
+        scenes, turns = draw_conversation(random, world.turns, others=0.06)
+        told = [language.captions(scene, random)[0] for scene in scenes]
         if scenes and random.random() < 0.1:
-            told, caption = language.captions(scenes[0], random)[0], random.choice(language.captions(scenes[0], random))
-            messages = [{"role": "user", "content": told}, {"role": "assistant", "content": caption}]
+            caption = random.choice(language.captions(scenes[0], random))
+            messages = [{"role": "user", "content": told[0]}, {"role": "assistant", "content": caption}]
         else:
-            told = [{"type": "text", "text": language.captions(scene, random)[0]} for scene in scenes]
-            messages = conversation(told, turns)
+            messages = conversation([{"type": "text", "text": text} for text in told], turns)
         yield [("json", json.dumps({"messages": messages}).encode())]
 
 

@@ -39,7 +39,7 @@ class Curation(Settings):
     limits: Limits = Limits()
     """Thresholds of the caption and picture filters."""
     short_side: int | None = None
-    """Shorter side of stored pictures, in pixels; larger ones are scaled down, none is enlarged. None keeps the bytes."""
+    """Shorter side of stored pictures, in pixels; none is enlarged. None keeps the bytes as they are."""
     deduplication: Deduplication | None = Deduplication()
     """How duplicates are found; None keeps them."""
     max_error_rate: float = 0.2

@@ -54,12 +54,13 @@ def judge_words(sample: RawSample, limits: Limits, row: dict) -> str | None:
 
 
 def judge_messages(sample: RawSample, row: dict) -> str | None:
+    messages = sample.messages or []
     try:
-        for message in sample.messages:
+        for message in messages:
             parts_of(message)
-        spoken = images_in(sample.messages)
-        answered = sample.messages[-1]["role"] == "assistant"
-        row["messages"] = sample.messages
+        spoken = images_in(messages)
+        answered = messages[-1]["role"] == "assistant"
+        row["messages"] = messages
     except (ValueError, KeyError, IndexError, TypeError) as error:
         row["detail"] = f"{type(error).__name__}: {error}"
         return "messages_malformed"

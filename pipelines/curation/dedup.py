@@ -1,8 +1,8 @@
 """Duplicate pictures, found by moving keys and never pictures.
 
 Two pictures are duplicates if their bytes are equal, or if their pHashes differ in at most ``radius`` of 64 bits and
-their 16×16 thumbnails by at most ``colour`` grey levels on average and ``detail`` anywhere. The one that comes first stays: order is (shard,
-row), so the decision does not depend on how the work was spread.
+their 16×16 thumbnails by at most ``colour`` grey levels on average and ``detail`` anywhere. The one that comes first
+stays: order is (shard, row), so the decision does not depend on how the work was spread.
 
 Candidates come from the pigeonhole principle (Manku, Jain, Das Sarma 2007, section 3): of the hash's eight chunks, at
 least 8 - radius are equal between near duplicates; so every choice of that many chunks becomes a key, and a keyed

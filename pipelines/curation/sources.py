@@ -94,7 +94,7 @@ def read_tar(path: str, start: int = 0) -> Iterator[RawSample]:
     name, sample, member = storage.name_of(path), None, None
     with storage.open_read(path) as file:
         file.seek(start)
-        tar = tarfile.open(fileobj=file, mode="r|")
+        tar = tarfile.open(fileobj=file, mode="r|")  # noqa: SIM115 (closed with its file)
         try:
             for member in tar:
                 if not member.isfile():
@@ -106,7 +106,7 @@ def read_tar(path: str, start: int = 0) -> Iterator[RawSample]:
                     if sample is not None:
                         yield sample
                     sample = RawSample(key, f"{name}@{start + member.offset}")
-                data = tar.extractfile(member).read()
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
                 if len(data) < member.size:
                     raise tarfile.ReadError("unexpected end of data")
                 add_member(sample, extension.lower(), data)

@@ -30,7 +30,8 @@ def compare_losses(model: str, raw: list[str], output: str, settings: Evaluation
     pictures = [sample.images[0] for sample in samples]
     wrong = pictures[1:] + pictures[:1]
     with progress("compare", len(samples), "pictures") as counter:
-        scorers = [Scorer.options(num_cpus=settings.cpus_per_actor).remote(model) for _ in range(settings.actors)]
+        actor = Scorer.options(num_cpus=settings.cpus_per_actor)  # type: ignore[attr-defined]
+        scorers = [actor.remote(model) for _ in range(settings.actors)]
         work = [
             scorers[i % len(scorers)].score.remote(s.captions, pictures[i], wrong[i], counter)
             for i, s in enumerate(samples)

@@ -85,8 +85,8 @@ def plan(questions: list[Question], settings: Evaluation) -> list[dict]:
     conditions = CONDITIONS if settings.controls else CONDITIONS[:1]
     parts = []
     for condition in conditions:
-        items = [shown(question, condition, questions) for question in questions]
-        items = [item for item in items if item is not None]
+        asked = (shown(question, condition, questions) for question in questions)
+        items = [item for item in asked if item is not None]
         items.sort(key=lambda item: (len(item["pictures"]), len(item["messages"]), item["id"]))
         for start in range(0, len(items), settings.part):
             name = f"{condition.replace(' ', '-')}-{start // settings.part:05d}"

@@ -14,12 +14,19 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines import storage
 from pipelines.serving import api
-from pipelines.serving.engine import Engine
+from pipelines.serving.engine import Engine, chained, until_stop
 from pipelines.serving.media import MediaError, split_media
 from pipelines.settings import OwlError, Settings
 
 log = logging.getLogger(__name__)
 web = FastAPI(title="Owl", summary="A vision-language model behind OpenAI's API")
+
+
+@web.exception_handler(RequestValidationError)
+async def invalid(request: Request, problem: RequestValidationError) -> JSONResponse:
+    first = problem.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    return JSONResponse(api.error(f"{place}: {first['msg']}", param=place or None), 400)
 
 
 class Serving(Settings):
@@ -49,7 +56,7 @@ def build(model: str, settings: Serving) -> serve.Application:
     """The Serve application. Raises OwlError where there is no model folder."""
     if not storage.exists(f"{model}/config.json"):
         raise OwlError(f"no model folder at {model!r}: it has no config.json")
-    engine = Engine.options(
+    engine = Engine.options(  # type: ignore[attr-defined]
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
         autoscaling_config={
@@ -127,41 +134,3 @@ class Ingress:
             if usage:
                 yield event({**api.chunk(request_id, self.name, {}), "choices": [], "usage": piece["usage"]})
         yield "data: [DONE]\n\n"
-
-
-async def chained(first: dict, rest: AsyncIterator[dict]) -> AsyncIterator[dict]:
-    yield first
-    async for piece in rest:
-        yield piece
-
-
-async def until_stop(pieces, stops: list[str]) -> AsyncIterator[dict]:
-    """Cuts the text at the first stop string. Holds back as many characters as a stop string may still begin in."""
-    held, hidden = "", max((len(stop) for stop in stops), default=1) - 1
-    stopped = False
-    async for piece in pieces:
-        if "text" not in piece:
-            if held and not stopped:
-                yield {"text": held}
-            yield {**piece, "finish": "stop"} if stopped else piece
-            return
-        if stopped:
-            continue
-        held += piece["text"]
-        cut = min((held.index(stop) for stop in stops if stop in held), default=None)
-        if cut is not None:
-            stopped, held = True, held[:cut]
-            if held:
-                yield {"text": held}
-            held = ""
-        elif len(held) > hidden:
-            ready = len(held) - hidden
-            yield {"text": held[:ready]}
-            held = held[ready:]
-
-
-@web.exception_handler(RequestValidationError)
-async def invalid(request: Request, problem: RequestValidationError) -> JSONResponse:
-    first = problem.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return JSONResponse(api.error(f"{place}: {first['msg']}", param=place or None), 400)
