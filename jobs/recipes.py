@@ -80,11 +80,11 @@ def demo() -> Recipe:
             template="plain",
         ),
         curation=Curation(limits=Limits(min_side=64)),
-        language=worker.model_copy(update={"steps": 900}),
+        language=worker.model_copy(update={"steps": 750}),
         stage1=worker.model_copy(update={"steps": 1500}),
         stage2=worker.model_copy(
             update={
-                "steps": 800,
+                "steps": 1150,
                 "lora": Lora(
                     rank=16,
                     alpha=32,

@@ -70,8 +70,9 @@ class OwlModel(OwlPreTrainedModel):
             if pixel_values is None:
                 raise ValueError("give pixel_values or vision_features")
             vision_features = self.get_vision_features(pixel_values)
-        tokens = self.abstractor(vision_features.to(self.abstractor.query_tokens.dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=tokens)
+        features: torch.Tensor = vision_features
+        tokens = self.abstractor(features.to(self.abstractor.query_tokens.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens)
 
     def place_images(self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None) -> torch.Tensor:
         """Word embeddings [B, L, Dt] with the visual tokens [N, Q + 1, Dt] in the placeholders' rows."""

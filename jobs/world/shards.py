@@ -195,7 +195,7 @@ def draw_conversation(random: Random, most: int, others: float) -> tuple[list[Sc
     first, second = draw_scene(random, held_out=False), draw_scene(random, held_out=False)
     if random.random() >= others:
         return [first], language.several_turns(first, random, most)
-    kind = random.choice(("dialogue", "comparison", "text_only"))
+    kind = random.choice(("dialogue", "comparison", "comparison", "text_only"))
     if kind == "dialogue":
         return [first], language.dialogue(first, random)
     if kind == "comparison":
@@ -206,7 +206,7 @@ def draw_conversation(random: Random, most: int, others: float) -> tuple[list[Sc
 def instructions(world: World) -> Iterator[Members]:
     random = Random(f"{world.seed} instructions")
     for _ in range(world.instructions):
-        scenes, turns = draw_conversation(random, world.turns, others=0.3)
+        scenes, turns = draw_conversation(random, world.turns, others=0.35)
         pictures = [encode(render(scene, random), "jpg") for scene in scenes]
         messages = conversation([{"type": "image"}] * len(scenes), turns)
         names = ["jpg", "2.jpg"][: len(pictures)]
@@ -215,16 +215,18 @@ def instructions(world: World) -> Iterator[Members]:
 
 def texts(world: World) -> Iterator[Members]:
     """Reading: a scene told in words stands where a picture would, so that a language model learns to look things up
-    in what it was given. A tenth asks for nothing and is answered by a caption."""
+    in what it was given. A tenth asks for nothing and is answered by a caption. Nothing else is mixed in: dialogues
+    and comparisons this early kept the model from learning to look up at all (docs/log.md)."""
     random = Random(f"{world.seed} texts")
     for _ in range(world.texts):
-        scenes, turns = draw_conversation(random, world.turns, others=0.06)
-        told = [language.captions(scene, random)[0] for scene in scenes]
-        if scenes and random.random() < 0.1:
-            caption = random.choice(language.captions(scenes[0], random))
-            messages = [{"role": "user", "content": told[0]}, {"role": "assistant", "content": caption}]
+        scene = draw_scene(random, held_out=False)
+        told, *others = language.captions(scene, random)[:2]
+        if random.random() < 0.1:
+            messages = [{"role": "user", "content": told}]
+            messages.append({"role": "assistant", "content": random.choice([told, *others])})
         else:
-            messages = conversation([{"type": "text", "text": text} for text in told], turns)
+            turns = language.several_turns(scene, random, world.turns - 1)
+            messages = conversation([{"type": "text", "text": told}], turns)
         yield [("json", json.dumps({"messages": messages}).encode())]
 
 
