@@ -60,7 +60,7 @@ def demo() -> Recipe:
     )
     worker = Stage(workers=2, batch_size=32, optimization=quick, checkpoint_every=150)
     return Recipe(
-        about="owl demo · 2 CPU cores, 8 GB · 6 minutes · at least 85 % of held-out questions",
+        about="owl demo · 2 CPU cores, 8 GB · 6 minutes · 72 % of held-out questions so far (docs/log.md)",
         parts=Parts(
             vision={
                 "hidden_size": 128,
@@ -80,11 +80,12 @@ def demo() -> Recipe:
             template="plain",
         ),
         curation=Curation(limits=Limits(min_side=64)),
-        language=worker.model_copy(update={"steps": 750}),
+        language=worker.model_copy(update={"steps": 1000}),
         stage1=worker.model_copy(update={"steps": 1500}),
         stage2=worker.model_copy(
             update={
-                "steps": 1150,
+                "steps": 1000,
+                "optimization": quick.model_copy(update={"muon_rate": 0.01, "learning_rate": 2e-3}),
                 "lora": Lora(
                     rank=16,
                     alpha=32,
