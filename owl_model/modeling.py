@@ -86,7 +86,7 @@ class OwlModel(OwlPreTrainedModel):
                 f"the text has {places} image placeholders ({places / per_image:g} pictures of {per_image}), "
                 f"but {found} visual tokens ({found // per_image} pictures) were given"
             )
-        if found:
+        if image_tokens is not None:
             embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
         return embeds
 
