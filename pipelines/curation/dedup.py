@@ -1,13 +1,13 @@
 """Duplicate pictures, found by moving keys and never pictures.
 
-Two pictures are duplicates if their bytes are equal, or if their pHashes differ in at most ``radius`` of 64 bits and
-their 16×16 thumbnails by at most ``colour`` grey levels on average and ``detail`` anywhere. The one that comes first
-stays: order is (shard, row), so the decision does not depend on how the work was spread.
+Two pictures are duplicates if their bytes are equal, or if their pHashes agree in 8 - ``radius`` of their eight bytes
+and their 16×16 thumbnails differ by at most ``colour`` grey levels on average and ``detail`` anywhere. The one that
+comes first stays: order is (shard, row), so the decision does not depend on how the work was spread.
 
-Candidates come from the pigeonhole principle (Manku, Jain, Das Sarma 2007, section 3): of the hash's eight chunks, at
-least 8 - radius are equal between near duplicates; so every choice of that many chunks becomes a key, and a keyed
-exchange on Ray brings equal keys together. Each row is sent C(8, radius) times, 28 times at radius 6, at about 850
-bytes.
+The hash only finds candidates, by the pigeonhole principle (Manku, Jain, Das Sarma 2007, section 3): where at most
+``radius`` bits differ, at least 8 - radius bytes are equal; so every choice of that many bytes becomes a key, and a
+keyed exchange on Ray brings equal keys together. Each row is sent C(8, radius) times, 28 times at radius 6, at about
+850 bytes. The thumbnails decide.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MOST_LIKE = 256
 
 class Deduplication(Settings):
     radius: int = 6
-    """Bits of the 64-bit pHash that may differ between near duplicates; 0 to 7."""
+    """Bits of the 64-bit pHash that may differ between near duplicates without one being missed; 0 to 7."""
     colour: float = 2.5
     """Mean difference of the 16×16 thumbnails, in grey levels, up to which two pictures count as the same."""
-    detail: int = 30
+    detail: int = 12
     """Largest difference of the thumbnails anywhere, likewise: a shape that moved a little is another picture."""
 
 
@@ -43,7 +43,6 @@ KEYED = pa.schema(
         ("row", pa.int32()),
         ("key", pa.string()),
         ("sha256", pa.string()),
-        ("phash", pa.uint64()),
         ("thumbnail", pa.binary()),
     ]
 )
@@ -100,7 +99,6 @@ def keyed_rows(work: pa.Table, radius: int) -> pa.Table:
             "order": pa.array(order, pa.int64()),
             "shard": pa.array([item["shard"]] * len(table)),
             **{name: table[name] for name in ("row", "key", "sha256")},
-            "phash": pa.array(hashes),
             "thumbnail": table["thumbnail"],
         }
         for number, choice in enumerate(choices):
@@ -115,7 +113,7 @@ def duplicates_within(table: pa.Table, settings: dict) -> pa.Table:
         return FOUND.empty_table()
     table = table.sort_by([("bucket", "ascending"), ("order", "ascending")]).combine_chunks()
     codes = np.unique(table["bucket"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
-    hashes, sha = table["phash"].to_numpy(), table["sha256"].to_numpy(zero_copy_only=False)
+    sha = table["sha256"].to_numpy(zero_copy_only=False)
     joined = b"".join(table["thumbnail"].to_pylist())
     thumbnails = np.frombuffer(joined, dtype=np.uint8).reshape(len(table), -1).astype(np.int16)
     first = np.full(len(table), -1)  # index of the earliest duplicate of each row
@@ -125,8 +123,6 @@ def duplicates_within(table: pa.Table, settings: dict) -> pa.Table:
         if not len(later):
             break
         earlier = later - lag
-        near = np.bitwise_count(hashes[later] ^ hashes[earlier]) <= settings["radius"]
-        later, earlier = later[near], earlier[near]
         apart = np.abs(thumbnails[later] - thumbnails[earlier])
         near = (apart.mean(axis=1) <= settings["colour"]) & (apart.max(axis=1) <= settings["detail"])
         same = sha[later] == sha[earlier]
