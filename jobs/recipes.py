@@ -56,7 +56,13 @@ class Recipe(Settings):
 def demo() -> Recipe:
     """The embedded default: a world, a language model and an Owl of a million parameters, in minutes, on two cores."""
     quick = Optimization(
-        optimizer="muon", learning_rate=3e-3, muon_rate=0.02, weight_decay=0.01, betas=(0.9, 0.98), warmup=40
+        optimizer="muon",
+        learning_rate=3e-3,
+        muon_rate=0.02,
+        muon_momentum=0.8,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        warmup=20,
     )
     worker = Stage(workers=2, batch_size=32, optimization=quick, checkpoint_every=150)
     return Recipe(
@@ -80,7 +86,7 @@ def demo() -> Recipe:
             template="plain",
         ),
         curation=Curation(limits=Limits(min_side=64)),
-        language=worker.model_copy(update={"steps": 1000}),
+        language=worker.model_copy(update={"steps": 800}),
         stage1=worker.model_copy(update={"steps": 1500}),
         stage2=worker.model_copy(
             update={

@@ -214,19 +214,18 @@ def instructions(world: World) -> Iterator[Members]:
 
 
 def texts(world: World) -> Iterator[Members]:
-    """Reading: a scene told in words stands where a picture would, so that a language model learns to look things up
-    in what it was given. A tenth asks for nothing and is answered by a caption. Nothing else is mixed in: dialogues
-    and comparisons this early kept the model from learning to look up at all (docs/log.md)."""
+    """Reading: scenes told in words stand where pictures would, so that a language model learns to look things up in
+    what it was given. A tenth asks for nothing and is answered by a caption."""
     random = Random(f"{world.seed} texts")
     for _ in range(world.texts):
-        scene = draw_scene(random, held_out=False)
-        told, *others = language.captions(scene, random)[:2]
         if random.random() < 0.1:
+            told, *others = language.captions(draw_scene(random, held_out=False), random)[:2]
             messages = [{"role": "user", "content": told}]
             messages.append({"role": "assistant", "content": random.choice([told, *others])})
         else:
-            turns = language.several_turns(scene, random, world.turns - 1)
-            messages = conversation([{"type": "text", "text": told}], turns)
+            scenes, turns = draw_conversation(random, world.turns, others=0.3)
+            told = [{"type": "text", "text": language.captions(scene, random)[0]} for scene in scenes]
+            messages = conversation(told, turns)
         yield [("json", json.dumps({"messages": messages}).encode())]
 
 

@@ -22,6 +22,8 @@ class Optimization(Settings):
     """Peak rate of AdamW."""
     muon_rate: float = 0.02
     """Peak rate of Muon, where it is used."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's averages."""
     epsilon: float = 1e-6
@@ -51,8 +53,8 @@ def build_optimizers(model: nn.Module, settings: Optimization) -> list[torch.opt
         rates = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
         optimizers.append(torch.optim.AdamW(kept, **rates))  # type: ignore[arg-type]
     if groups["muon"]:
-        muon = torch.optim.Muon(groups["muon"], lr=settings.muon_rate, weight_decay=settings.weight_decay)
-        optimizers.append(muon)
+        chosen = {"lr": settings.muon_rate, "momentum": settings.muon_momentum, "weight_decay": settings.weight_decay}
+        optimizers.append(torch.optim.Muon(groups["muon"], **chosen))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
