@@ -188,14 +188,13 @@ def serve(
     set: Overrides = None,
 ) -> None:
     """Serves a model behind OpenAI's API, on this machine only, until Ctrl-C. Settings: the recipe's `serving`."""
-    from pipelines.serving.serve import build, start
+    from pipelines.serving.serve import build, running
 
     settings = recipe_of(recipe, set, "serving").serving
     if port is not None:
         settings = settings.model_copy(update={"port": port})
     build(model, settings)  # refuses a missing folder before Ray starts
-    with ray_session():
-        address = start(str(Path(model).absolute()), settings)
+    with ray_session(), running(str(Path(model).absolute()), settings) as address:
         question = {"model": settings.name, "messages": [{"role": "user", "content": "hello"}]}
         console.print(f"Serving {model} at {address}/v1 as {settings.name!r}. Ctrl-C ends it. Try:")
         print(f"curl {address}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(question)}'")

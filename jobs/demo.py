@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
@@ -153,25 +154,23 @@ def show_scores(results: dict) -> None:
 
 def ask_endpoint(root: Path, model: str, recipe: Recipe) -> list[dict]:
     """Serves the model and asks one held-out question of each type that shows a picture."""
-    from openai import OpenAI
-
-    address = serve.start(model, recipe.serving)
-    client = OpenAI(base_url=f"{address}/v1", api_key="none")
     rows = [json.loads(line) for line in (root / "world/heldout/questions.jsonl").read_text().splitlines()]
     one_of_each = {row["type"]: row for row in reversed(rows) if row["pictures"]}
-    answers = []
-    for row in one_of_each.values():
-        pictures = [root / "world/heldout" / name for name in row["pictures"]]
-        messages = with_pictures(row["messages"], pictures)
-        pieces = client.chat.completions.create(
-            model=recipe.serving.name, messages=messages, max_tokens=32, stream=True
-        )
-        text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices).strip()
-        question = row["messages"][-1]["content"][-1]["text"]
-        answers.append({"picture": str(pictures[0]), "question": question, "answer": text, "expected": row["answer"]})
-        mark = "[green]✓[/green]" if text == row["answer"] else "[red]✗[/red]"
-        console.print(f"  {mark} {os.path.relpath(pictures[0])}  {question}  [bold]{text}[/bold]")
-    return answers
+    with serve.running(model, recipe.serving) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        return [ask(client, root, recipe.serving.name, row) for row in one_of_each.values()]
+
+
+def ask(client: OpenAI, root: Path, model: str, row: dict) -> dict:
+    pictures = [root / "world/heldout" / name for name in row["pictures"]]
+    messages = with_pictures(row["messages"], pictures)
+    pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=32, stream=True)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices).strip()
+    question = row["messages"][-1]["content"][-1]["text"]
+    mark = "[green]✓[/green]" if text == row["answer"] else "[red]✗[/red]"
+    shown = " ".join(os.path.relpath(path) for path in pictures)
+    console.print(f"  {mark} {shown}  {question}  [bold]{text}[/bold]", soft_wrap=True)
+    return {"pictures": [str(p) for p in pictures], "question": question, "answer": text, "expected": row["answer"]}
 
 
 def with_pictures(messages: list[dict], pictures: list[Path]) -> list[dict]:
@@ -194,8 +193,8 @@ def write_summary_page(root: Path, summary: dict, logs: dict[str, dict]) -> None
     curation, scores = summary["curation"], summary["scores"]
     losses = {stage: [(h["step"], h["loss"]) for h in log["history"]] for stage, log in logs.items()}
     shown = [
-        page.picture(
-            Path(a["picture"]).read_bytes(),
+        page.figure(
+            [Path(path).read_bytes() for path in a["pictures"]],
             page.Markup('{}<br><span class="{}">{}</span>').format(
                 a["question"], "right" if a["answer"] == a["expected"] else "wrong", a["answer"]
             ),
@@ -247,7 +246,7 @@ def next_commands(root: Path) -> str:
 
 def say_goodbye(root: Path, summary: dict) -> None:
     accuracy = summary["scores"]["picture"]["all"]["accuracy"]
-    console.print(f"\n[bold]{accuracy:.1%}[/bold] of the held-out questions, in {summary['seconds']:.0f} s")
+    console.print(f"\n[bold]{accuracy:.1%}[/bold] of the held-out questions; this run took {summary['seconds']:.0f} s")
     console.print(f"Look:   {os.path.relpath(root)}/report.html\nGo on:")
     for line in next_commands(root).splitlines():
         console.print(f"  {line}")

@@ -49,8 +49,4 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(Exception):
-            from ray import serve
-
-            serve.shutdown()
         ray.shutdown()

@@ -32,6 +32,7 @@ th { color: var(--soft); font-weight: 600 } td.n, th.n { text-align: right }
 .bar i { display: block; height: 14px; min-width: 2px; border-radius: 4px; background: var(--a) }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px }
+.side { display: flex; gap: 4px } .side > * { flex: 1; min-width: 0 }
 figure { margin: 0; min-width: 0 } figure img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 8px;
   background: var(--page); border: 1px solid var(--line) }
 figcaption { font-size: 13px; overflow-wrap: anywhere } .right { color: var(--c) } .wrong { color: var(--d) }
@@ -90,7 +91,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int = 
     return Markup("<div class=scroll><table><tr>{}</tr>{}</table></div>").format(cells("th", head), body)
 
 
-def picture(data: bytes | None, caption: str | Markup, side: int = 240) -> Markup:
+def figure(images: Sequence[bytes | None], caption: str | Markup) -> Markup:
+    """Pictures side by side over one caption."""
+    shown = Markup("").join(shrunk(data, caption) for data in images)
+    return Markup("<figure><div class=side>{}</div><figcaption>{}</figcaption></figure>").format(shown, caption)
+
+
+def shrunk(data: bytes | None, words: str | Markup, side: int = 240) -> Markup:
     """A picture as a data URI, scaled down to ``side``; a dashed box where it cannot be shown."""
     try:
         image = Image.open(io.BytesIO(data or b""))
@@ -101,10 +108,9 @@ def picture(data: bytes | None, caption: str | Markup, side: int = 240) -> Marku
         buffer = io.BytesIO()
         small.save(buffer, "WEBP", quality=80)
         source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-        shown = Markup('<img alt="{}" src="{}">').format(caption, source)
+        return Markup('<img alt="{}" src="{}">').format(Markup(words).striptags(), source)
     except (OSError, ValueError, Image.DecompressionBombError):
-        shown = Markup("<div class=missing>no picture to show</div>")
-    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(shown, caption)
+        return Markup("<div class=missing>no picture to show</div>")
 
 
 def pictures(figures: Sequence[Markup]) -> Markup:

@@ -62,14 +62,13 @@ def draw(counter, title: str, total: int, unit: str, stop: threading.Event) -> N
         TextColumn("[dim]{task.fields[text]}"),
     )
     started = spoke = time.monotonic()
+    done, text = 0, ""
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task(title, total=total, text="")
         while True:
             last = stop.wait(0.3)
-            try:
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # what was last known stays
                 done, text = ray.get(counter.read.remote(), timeout=2)
-            except (ray.exceptions.RayError, TimeoutError):
-                done, text = 0, ""
             bars.update(bar, completed=done, text=text)
             now = time.monotonic()
             due = now - spoke > SECONDS_BETWEEN_LINES or (last and now - started > 1)

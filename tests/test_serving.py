@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 
 import openai
 import pytest
-from ray import serve as ray_serve
 
 from owl_model.answering import answer
 from pipelines.serving.media import MediaError, read_data_uri
-from pipelines.serving.serve import Serving, start, until_stop
+from pipelines.serving.serve import Serving, free_port, running, until_stop
+from pipelines.settings import OwlError
 
 
 @pytest.fixture(scope="module")
 def client(cluster, model_folder):
-    address = start(model_folder, Serving(port=8765, cpus_per_replica=0.5))
-    yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    ray_serve.shutdown()
+    with running(model_folder, Serving(port=0, cpus_per_replica=0.5)) as address:
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,14 @@ def test_streaming_gives_the_same_text_and_usage(client, picture):
     text = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
     assert text.strip() == whole.choices[0].message.content
     assert pieces[-1].usage == whole.usage
+
+
+def test_a_taken_port_is_refused_by_its_number():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OwlError, match=f"cannot listen on 127.0.0.1:{port}"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
 
 
 def test_models(client):

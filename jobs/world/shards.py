@@ -37,7 +37,7 @@ class World(Settings):
     """Pictures with captions, the planted bad ones not counted."""
     instructions: int = 4000
     """Conversations about pictures."""
-    texts: int = 20000
+    texts: int = 18000
     """Conversations about scenes told in words."""
     questions: int = 300
     """Held-out scenes; each is asked one question of every type that it allows."""
@@ -82,7 +82,9 @@ def write_world(folder: Path, world: World, part: str, tick: Callable[[int], Non
 
 
 def total_samples(world: World) -> int:
-    return world.pairs + sum(PLANTED.values()) + world.instructions + world.texts + world.questions
+    """How many samples ``write_world`` writes in all its parts: the cut shard loses one, and no other is added."""
+    planted = sum(PLANTED.values()) - PLANTED["shard_truncated"]
+    return world.pairs + planted + world.instructions + world.texts + world.questions
 
 
 # --- pictures with captions ------------------------------------------------------------------------------------------

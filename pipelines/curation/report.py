@@ -8,7 +8,7 @@ from pipelines import storage
 from pipelines.curation.filters import REASONS
 from pipelines.curation.ledger import read_ledger
 from pipelines.curation.sources import UnreadableShard, read_sample
-from pipelines.page import bars, numbers, page, paragraph, picture, pictures, section, table
+from pipelines.page import bars, figure, numbers, page, paragraph, pictures, section, table
 
 SHOWN = 6
 """Pictures shown for each reason."""
@@ -24,11 +24,13 @@ def write_report(path: str, output: str, manifest: dict) -> None:
             numbers({"came in": f"{manifest['in']:,}", "kept": f"{kept:,}", "dropped": f"{manifest['in'] - kept:,}"}),
             bars(funnel(manifest)),
         ),
-        section("Kept", pictures([picture(data, words) for data, words in examples.pop("", [])])),
+        section("Kept", pictures([figure([data], words) for data, words in examples.pop("", [])])),
     ]
     for reason, found in sorted(examples.items()):
         title = f"Dropped: {reason} ({dropped[reason]:,})"
-        parts.append(section(title, paragraph(REASONS[reason]), pictures([picture(*one) for one in found])))
+        parts.append(
+            section(title, paragraph(REASONS[reason]), pictures([figure([data], words) for data, words in found]))
+        )
     parts += [section(name, bars(histogram(values))) for name, values in stats.items() if len(values)]
     rows = [
         (entry["shard"], entry["in"], entry["kept"], sum(entry["dropped"].values())) for entry in manifest["shards"]

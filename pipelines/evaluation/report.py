@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from pipelines import storage
 from pipelines.evaluation.metrics import Question
-from pipelines.page import numbers, page, picture, pictures, section, table
+from pipelines.page import figure, numbers, page, pictures, section, table
 
 SHOWN = 24
 
@@ -51,5 +51,8 @@ def answered(question: Question, row: dict) -> Markup:
     caption = Markup('{}<br><span class="{}">{}</span>').format(row["prompt"], kind, row["answer"])
     if not row["score"]:
         caption += Markup("<br>expected: {}").format(row["expected"])
-    with storage.open_read(question.pictures[0]) as file:
-        return picture(file.read(), caption)
+    images = []
+    for path in question.pictures:
+        with storage.open_read(path) as file:
+            images.append(file.read())
+    return figure(images, caption)

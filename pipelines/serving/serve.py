@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -37,7 +39,7 @@ class Serving(Settings):
     host: str = "127.0.0.1"
     """Address to listen on; other machines reach it only if you change this."""
     port: int = 8000
-    """Port to listen on."""
+    """Port to listen on; 0 takes a free one."""
     min_replicas: int = 1
     """Fewest engine replicas; 0 lets an idle endpoint sleep."""
     max_replicas: int = 1
@@ -70,13 +72,29 @@ def build(model: str, settings: Serving) -> serve.Application:
     return Ingress.bind(engine, settings.name)  # type: ignore[attr-defined]
 
 
-def start(model: str, settings: Serving) -> str:
-    """Deploys and returns the endpoint's address; ``serve.shutdown()`` takes it down."""
+@contextlib.contextmanager
+def running(model: str, settings: Serving) -> Iterator[str]:
+    """Deploys, yields the endpoint's address, and takes it down. Raises OwlError where the port is taken."""
     application = build(model, settings)
+    port = free_port(settings.host, settings.port)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
-    serve.run(application, name="owl", route_prefix="/", logging_config=quiet)
-    return f"http://{settings.host}:{settings.port}"
+    serve.start(http_options={"host": settings.host, "port": port}, logging_config=quiet)
+    serve.run(application, name=settings.name, route_prefix="/", logging_config=quiet)
+    try:
+        yield f"http://{settings.host}:{port}"
+    finally:
+        serve.delete(settings.name)
+
+
+def free_port(host: str, port: int) -> int:
+    """The same port if nothing listens there, or a free one in place of 0."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as problem:
+            raise OwlError(f"cannot listen on {host}:{port}: {problem.strerror}; choose another port") from None
+        return probe.getsockname()[1]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256)
