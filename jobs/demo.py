@@ -249,7 +249,7 @@ def say_goodbye(root: Path, summary: dict) -> None:
     console.print(f"\n[bold]{accuracy:.1%}[/bold] of the held-out questions; this run took {summary['seconds']:.0f} s")
     console.print(f"Look:   {os.path.relpath(root)}/report.html\nGo on:")
     for line in next_commands(root).splitlines():
-        console.print(f"  {line}")
+        console.print(f"  {line}", soft_wrap=True)
 
 
 PARTS = ("pairs", "instructions", "text", "heldout")

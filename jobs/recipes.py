@@ -86,7 +86,6 @@ def demo() -> Recipe:
             template="plain",
         ),
         curation=Curation(limits=Limits(min_side=64)),
-        evaluation=Evaluation(actor_restarts=0),  # one machine: where it goes, all goes
         serving=Serving(port=0),
         language=worker.model_copy(update={"steps": 550}),
         stage1=worker.model_copy(update={"steps": 1500}),

@@ -221,9 +221,9 @@ def texts(world: World) -> Iterator[Members]:
     random = Random(f"{world.seed} texts")
     for _ in range(world.texts):
         if random.random() < 0.1:
-            told, *others = language.captions(draw_scene(random, held_out=False), random)[:2]
-            messages = [{"role": "user", "content": told}]
-            messages.append({"role": "assistant", "content": random.choice([told, *others])})
+            first, second = language.captions(draw_scene(random, held_out=False), random)[:2]
+            messages = [{"role": "user", "content": first}]
+            messages.append({"role": "assistant", "content": random.choice([first, second])})
         else:
             scenes, turns = draw_conversation(random, world.turns, others=0.3)
             told = [{"type": "text", "text": language.captions(scene, random)[0]} for scene in scenes]

@@ -48,8 +48,6 @@ class Evaluation(Settings):
     """CPUs of a replica."""
     gpus_per_actor: float = 0
     """GPUs of a replica."""
-    actor_restarts: int = -1
-    """How often a lost replica is started again; -1 as often as it takes."""
     controls: bool = True
     """Whether the two controls are run too."""
 
@@ -131,7 +129,6 @@ def ask(model: str, benchmark: str, parts: list[dict], output: str, settings: Ev
             compute=ray.data.ActorPoolStrategy(size=min(settings.actors, len(parts))),
             num_cpus=settings.cpus_per_actor,
             fn_constructor_args=(model, benchmark, settings.model_dump()),
-            max_restarts=settings.actor_restarts,
             **resources,
         )
         .write_datasink(AnswerSink(output, counter))
