@@ -24,6 +24,7 @@ from jobs.world.shards import PLANTED, World, total_samples, write_world
 from pipelines import page, storage
 from pipelines.curation.curate import curate
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.metrics import exact_match
 from pipelines.evaluation.report import score_table
 from pipelines.progress import progress
 from pipelines.serving import serve
@@ -153,9 +154,13 @@ def show_scores(results: dict) -> None:
 
 
 def ask_endpoint(root: Path, model: str, recipe: Recipe) -> list[dict]:
-    """Serves the model and asks one held-out question of each type that shows a picture."""
+    """Serves the model and asks one held-out question of each type that shows a picture, each about another one."""
     rows = [json.loads(line) for line in (root / "world/heldout/questions.jsonl").read_text().splitlines()]
-    one_of_each = {row["type"]: row for row in reversed(rows) if row["pictures"]}
+    one_of_each: dict[str, dict] = {}
+    for row in rows:
+        seen = [path for other in one_of_each.values() for path in other["pictures"]]
+        if row["pictures"] and row["type"] not in one_of_each and not {*row["pictures"]} & {*seen}:
+            one_of_each[row["type"]] = row
     with serve.running(model, recipe.serving) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
         return [ask(client, root, recipe.serving.name, row) for row in one_of_each.values()]
@@ -166,11 +171,12 @@ def ask(client: OpenAI, root: Path, model: str, row: dict) -> dict:
     messages = with_pictures(row["messages"], pictures)
     pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=32, stream=True)
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices).strip()
-    question = row["messages"][-1]["content"][-1]["text"]
-    mark = "[green]✓[/green]" if text == row["answer"] else "[red]✗[/red]"
+    question = " … ".join(m["content"][-1]["text"] for m in row["messages"] if m["role"] == "user")
+    right = bool(exact_match(text, row["answer"]))
+    mark = "[green]✓[/green]" if right else "[red]✗[/red]"
     shown = " ".join(os.path.relpath(path) for path in pictures)
     console.print(f"  {mark} {shown}  {question}  [bold]{text}[/bold]", soft_wrap=True)
-    return {"pictures": [str(p) for p in pictures], "question": question, "answer": text, "expected": row["answer"]}
+    return {"pictures": [str(path) for path in pictures], "question": question, "answer": text, "right": right}
 
 
 def with_pictures(messages: list[dict], pictures: list[Path]) -> list[dict]:
@@ -196,7 +202,7 @@ def write_summary_page(root: Path, summary: dict, logs: dict[str, dict]) -> None
         page.figure(
             [Path(path).read_bytes() for path in a["pictures"]],
             page.Markup('{}<br><span class="{}">{}</span>').format(
-                a["question"], "right" if a["answer"] == a["expected"] else "wrong", a["answer"]
+                a["question"], "right" if a["right"] else "wrong", a["answer"]
             ),
         )
         for a in summary["answers"]

@@ -1,7 +1,8 @@
 """A scene → what is true of it: captions, and questions with their answers, by type.
 
-A question is only asked where it has one answer. ``QUESTIONS`` maps a type to the function that asks it; each
-returns None where the scene does not allow the question.
+A question is only asked where it has one answer. What takes more than one look is answered in steps that end in
+"so …", because a small model cannot take them at once (docs/log.md). ``QUESTIONS`` maps a type to the function that
+asks it; each returns None where the scene does not allow the question.
 """
 
 from __future__ import annotations
@@ -65,13 +66,11 @@ def attribute(scene: Scene, random: Random) -> Turn | None:
 
 
 def count(scene: Scene, random: Random) -> Turn | None:
+    if random.random() < 0.5:
+        return Turn("how many shapes are there ?", NUMBERS[len(scene.shapes)])
     size = random.choice(SIZES)
-    return random.choice(
-        [
-            Turn("how many shapes are there ?", NUMBERS[len(scene.shapes)]),
-            Turn(f"how many {size} shapes are there ?", NUMBERS[len(scene.having(size=size))]),
-        ]
-    )
+    names = [shape.kind for shape in scene.having(size=size)]
+    return Turn(f"how many {size} shapes are there ?", " , ".join([*names, f"so {NUMBERS[len(names)]}"]))
 
 
 def position(scene: Scene, random: Random) -> Turn | None:
@@ -80,7 +79,7 @@ def position(scene: Scene, random: Random) -> Turn | None:
 
 
 def relation(scene: Scene, random: Random) -> Turn | None:
-    """Answered in steps: where the one is, where the other, and what follows."""
+    """Where the one is, where the other, and what follows."""
     if len(scene.shapes) < 2:
         return None
     a, b = random.sample(scene.shapes, 2)
@@ -94,12 +93,18 @@ def reading(scene: Scene, random: Random) -> Turn | None:
     return Turn("what is the word ?", f"word {scene.word}") if scene.word else None
 
 
+def found(scene: Scene, kind: str) -> str:
+    """Where a kind of shape is: "circle top-left", or "circle nowhere"."""
+    return next((facts(shape, CELLS[shape.cell]) for shape in scene.having(kind=kind)), f"{kind} nowhere")
+
+
 def yes_no(scene: Scene, random: Random) -> Turn | None:
     """Half yes, half no: is a shape there, or has it this colour."""
     shape = random.choice(scene.shapes)
     if random.random() < 0.5:
-        there = random.choice([shape.kind, random.choice([k for k in KINDS if not scene.having(kind=k)])])
-        return Turn(f"is there a {there} ?", "yes" if scene.having(kind=there) else "no")
+        kind = random.choice([shape.kind, random.choice([k for k in KINDS if not scene.having(kind=k)])])
+        verdict = "yes" if scene.having(kind=kind) else "no"
+        return Turn(f"is there a {kind} ?", f"{found(scene, kind)} , so {verdict}")
     colour = random.choice([shape.colour, random.choice([c for c in COLOURS if c != shape.colour])])
     verdict = "yes" if colour == shape.colour else "no"
     return Turn(f"is the {shape.kind} {colour} ?", f"{facts(shape, shape.colour)} , so {verdict}")
@@ -131,14 +136,16 @@ def compare(first: Scene, second: Scene, random: Random) -> Turn:
     kinds = {shape.kind for shape in first.shapes}, {shape.kind for shape in second.shapes}
     both, one = sorted(kinds[0] & kinds[1]), sorted(kinds[0] ^ kinds[1])
     shared = bool(both) and (not one or random.random() < 0.5)
-    return Turn(f"do both pictures show a {random.choice(both if shared else one)} ?", "yes" if shared else "no")
+    kind = random.choice(both if shared else one)
+    steps = f"{found(first, kind)} , {found(second, kind)}"
+    return Turn(f"do both pictures show a {kind} ?", f"{steps} , so {'yes' if shared else 'no'}")
 
 
 def dialogue(scene: Scene, random: Random) -> list[Turn]:
     """Three turns that lean on each other: "it" is the shape that the turn before named."""
     shape = random.choice(scene.shapes)
     turns = [Turn("how many shapes are there ?", NUMBERS[len(scene.shapes)])]
-    turns.append(Turn(f"is there a {shape.kind} ?", "yes"))
+    turns.append(Turn(f"what size is the {shape.kind} ?", facts(shape, shape.size)))
     follow_ups = [("where is it ?", CELLS[shape.cell]), ("what color is it ?", shape.colour)]
     question, value = random.choice(follow_ups)
     return [*turns, Turn(question, facts(shape, value))]
