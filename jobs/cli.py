@@ -151,6 +151,7 @@ def eval(
     """Answers a benchmark's questions and reports scores beside controls. Settings: the recipe's `evaluation`."""
     from pipelines.evaluation.caption_loss import compare_losses
     from pipelines.evaluation.evaluate import evaluate
+    from pipelines.evaluation.report import HEAD, score_rows
 
     settings = recipe_of(recipe, set, "evaluation").evaluation
     with ray_session():
@@ -169,11 +170,9 @@ def eval(
                 f"({results['captions']} captions of {results['pictures']} pictures)"
             )
             return
-        table = Table("type", "questions", "right picture", "another picture", "no picture", box=None)
-        for kind, entry in results["scores"]["picture"].items():
-            others = [results["scores"].get(name, {}).get(kind) for name in ("wrong picture", "no picture")]
-            cells = [f"{other['accuracy']:.1%}" if other else "–" for other in others]
-            table.add_row(kind, str(entry["n"]), f"{entry['accuracy']:.1%}", *cells)
+        table = Table(*HEAD, box=None)
+        for row in score_rows(results["scores"]):
+            table.add_row(*row)
         Console().print(table)
         console.print(f"Report: {out}/report.html")
 

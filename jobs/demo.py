@@ -25,11 +25,12 @@ from pipelines import page, storage
 from pipelines.curation.curate import curate
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.metrics import exact_match
-from pipelines.evaluation.report import score_table
+from pipelines.evaluation.report import HEAD, score_rows, score_table
 from pipelines.progress import progress
 from pipelines.serving import serve
 from pipelines.settings import OwlError
-from pipelines.training.train import Stage, train
+from pipelines.training.stages import Stage
+from pipelines.training.train import train
 
 console = Console(stderr=True, highlight=False)
 
@@ -144,12 +145,9 @@ def train_stage(root: Path, stage: str, settings: Stage, start: str, parts: list
 
 
 def show_scores(results: dict) -> None:
-    table = Table("type", "questions", "right picture", "another picture", "no picture", box=None)
-    scores = results["scores"]
-    for kind, entry in scores["picture"].items():
-        cells = [scores[c].get(kind) for c in ("wrong picture", "no picture")]
-        shown = [f"{cell['accuracy']:.1%}" if cell else "–" for cell in cells]
-        table.add_row(kind.replace("_", " "), str(entry["n"]), f"{entry['accuracy']:.1%}", *shown)
+    table = Table(*HEAD, box=None)
+    for row in score_rows(results["scores"]):
+        table.add_row(*row)
     console.print(table)
 
 

@@ -17,8 +17,9 @@ from pipelines.settings import OwlError, SettingError, with_overrides
 from pipelines.training import stages
 from pipelines.training.feed import Dataset, Feed, Kept
 from pipelines.training.order import Order
+from pipelines.training.stages import Stage
 from pipelines.training.step import NonFinite, Optimization, build_optimizers, schedule, train_step
-from pipelines.training.train import Stage, train
+from pipelines.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pipelines.evaluation.metrics import Question
 from pipelines.page import figure, numbers, page, pictures, section, table
 
 SHOWN = 24
+HEAD = ("type", "questions", "right picture", "95 % interval", "another picture", "no picture")
 
 
 def write_report(path: str, results: dict, questions: list[Question], answers: list[dict]) -> None:
@@ -25,15 +26,18 @@ def write_report(path: str, results: dict, questions: list[Question], answers: l
 
 
 def score_table(scores: dict) -> Markup:
+    return table(HEAD, score_rows(scores))
+
+
+def score_rows(scores: dict) -> list[tuple[str, ...]]:
     """Types down, conditions across; an interval of 95 % beside the accuracy."""
     rows = []
     for kind, entry in scores["picture"].items():
         controls = [scores.get(name, {}).get(kind) for name in ("wrong picture", "no picture")]
         cells = [f"{control['accuracy']:.1%}" if control else "–" for control in controls]
         interval = f"{entry['low']:.1%} – {entry['high']:.1%}"
-        rows.append((kind.replace("_", " "), entry["n"], f"{entry['accuracy']:.1%}", interval, *cells))
-    head = ("type", "questions", "right picture", "95 % interval", "another picture", "no picture")
-    return table(head, rows)
+        rows.append((kind.replace("_", " "), f"{entry['n']:,}", f"{entry['accuracy']:.1%}", interval, *cells))
+    return rows
 
 
 def examples(questions: list[Question], answers: list[dict]) -> list[Markup]:

@@ -25,9 +25,7 @@ log = logging.getLogger(__name__)
 def work(config: dict[str, Any]) -> None:
     """One worker of a stage. ``config``: ``stage``, ``settings`` (of Stage), ``start`` (model folder to begin from),
     ``finish`` (model folder to write), ``log`` (JSON of losses), ``counter`` (progress)."""
-    from pipelines.training.train import Stage  # the driver's settings, parsed again on this side
-
-    settings = Stage.model_validate(config["settings"])
+    settings = stages.Stage.model_validate(config["settings"])
     trains = settings.trains(config["stage"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

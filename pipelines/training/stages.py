@@ -1,4 +1,4 @@
-"""The one table of what trains in each stage, and the one function that obeys it.
+"""The one table of what trains in each stage, the settings of a stage, and the one function that obeys them.
 
 stage      vision   abstractor   language model   pictures
 language   –        –            trains           no        a stand-in for the foundation LLM that users bring
@@ -16,6 +16,7 @@ from torch import nn
 
 from owl_model import OwlForConditionalGeneration
 from pipelines.settings import OwlError, Settings
+from pipelines.training.step import Optimization
 
 How = Literal["trains", "frozen", "lora"]
 
@@ -47,6 +48,46 @@ class Lora(Settings):
     """Dropout on the update's input."""
     targets: list[str] = ["q_proj", "v_proj"]
     """Linear modules of the language model that are adapted."""
+
+
+class Stage(Settings):
+    """One stage of training."""
+
+    data: list[str] = []
+    """Folders of curated datasets."""
+    start: str = ""
+    """Model folder to begin from."""
+    steps: int = 50_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Samples in a global batch, over all workers."""
+    optimization: Optimization = Optimization()
+    """Optimizer and schedule."""
+    lora: Lora = Lora()
+    """Low-rank adaptation, where the stage uses it."""
+    freeze_vision: bool = False
+    """Keeps the vision encoder frozen also in a stage that would train it: for pretrained towers and little data."""
+    workers: int = 1
+    """Training workers; each takes the resources below."""
+    cpus_per_worker: float = 1
+    """CPUs of a worker."""
+    gpus_per_worker: float = 0
+    """GPUs of a worker."""
+    max_failures: int = 3
+    """How often the run starts again from its last checkpoint when a worker dies."""
+    log_every: int = 10
+    """Steps between logged losses."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_megabytes: int = 1024
+    """Memory of a worker for prepared pictures (or features, where vision is frozen)."""
+    seed: int = 0
+    """Of the order of samples and of fresh weights."""
+
+    def trains(self, stage: str) -> Trains:
+        table = STAGES[stage]
+        frozen = table.vision == "trains" and self.freeze_vision
+        return Trains("frozen", table.abstractor, table.language, table.pictures) if frozen else table
 
 
 def parts_of(owl: OwlForConditionalGeneration) -> dict[str, list[nn.Module]]:

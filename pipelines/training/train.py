@@ -15,53 +15,12 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import storage
 from pipelines.progress import progress
-from pipelines.settings import OwlError, Settings, differences
+from pipelines.settings import OwlError, differences
 from pipelines.training.feed import Dataset
 from pipelines.training.loop import work
-from pipelines.training.stages import STAGES, Lora, Trains
-from pipelines.training.step import Optimization
+from pipelines.training.stages import Stage
 
 log = logging.getLogger(__name__)
-
-
-class Stage(Settings):
-    """One stage of training."""
-
-    data: list[str] = []
-    """Folders of curated datasets."""
-    start: str = ""
-    """Model folder to begin from."""
-    steps: int = 50_000
-    """Optimizer steps."""
-    batch_size: int = 256
-    """Samples in a global batch, over all workers."""
-    optimization: Optimization = Optimization()
-    """Optimizer and schedule."""
-    lora: Lora = Lora()
-    """Low-rank adaptation, where the stage uses it."""
-    freeze_vision: bool = False
-    """Keeps the vision encoder frozen also in a stage that would train it: for pretrained towers and little data."""
-    workers: int = 1
-    """Training workers; each takes the resources below."""
-    cpus_per_worker: float = 1
-    """CPUs of a worker."""
-    gpus_per_worker: float = 0
-    """GPUs of a worker."""
-    max_failures: int = 3
-    """How often the run starts again from its last checkpoint when a worker dies."""
-    log_every: int = 10
-    """Steps between logged losses."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-    keep_megabytes: int = 1024
-    """Memory of a worker for prepared pictures (or features, where vision is frozen)."""
-    seed: int = 0
-    """Of the order of samples and of fresh weights."""
-
-    def trains(self, stage: str) -> Trains:
-        table = STAGES[stage]
-        frozen = table.vision == "trains" and self.freeze_vision
-        return Trains("frozen", table.abstractor, table.language, table.pictures) if frozen else table
 
 
 def train(stage: str, settings: Stage, run: str) -> dict:
