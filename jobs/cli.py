@@ -252,9 +252,6 @@ def main() -> None:
     except OwlError as error:
         console.print(f"owl: {error}", markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("\nowl: stopped; the same command goes on from here")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 ENVIRONMENT = {
@@ -39,14 +40,17 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
 
     for name in ("ray.data", "ray.train", "ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
         store = 400 * 2**20
         ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=True, **quiet)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; after Ray has set a handler that aborts
     try:
         yield
+    except KeyboardInterrupt:
+        print("\nowl: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     finally:
         ray.shutdown()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,9 @@ FINISHED = (  # by phase: what a later run must leave as it is
 
 def begin(folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "jobs.cli", "demo", "--recipe", "demo_small", "--dir", str(folder)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A test run in the background inherits an ignored SIGINT; the demo must not.
+    answer_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=answer_ctrl_c)
 
 
 def reach(demo: subprocess.Popen, phase: int) -> None:

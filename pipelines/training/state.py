@@ -6,6 +6,7 @@ number of workers.
 
 from __future__ import annotations
 
+import pickle
 import random
 import tempfile
 from typing import Any
@@ -22,12 +23,13 @@ OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, history: list[dict]) -> dict[str, Any]:
     states = {str(i): optimizer.state_dict() for i, optimizer in enumerate(optimizers)}
+    rest = {"step": step, "history": history, "numpy": np.random.get_state(), "python": random.getstate()}
     return {
         "model": get_model_state_dict(model, options=OPTIONS),
         "optimizers": states,
-        "step": step,
-        "history": history,
-        "random": {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()},
+        "torch_random": torch.get_rng_state(),
+        # In one piece: lists are otherwise saved item by item, and then only load into lists of the same length.
+        "rest": pickle.dumps(rest),
     }
 
 
@@ -55,10 +57,11 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[
     set_model_state_dict(model, state["model"], options=OPTIONS)
     for index, optimizer in enumerate(optimizers):
         optimizer.load_state_dict(state["optimizers"][str(index)])
-    torch.set_rng_state(state["random"]["torch"])
-    np.random.set_state(state["random"]["numpy"])
-    random.setstate(state["random"]["python"])
-    return state["step"], state["history"]
+    torch.set_rng_state(state["torch_random"])
+    rest = pickle.loads(state["rest"])
+    np.random.set_state(rest["numpy"])
+    random.setstate(rest["python"])
+    return rest["step"], rest["history"]
 
 
 def prime(optimizers: list[torch.optim.Optimizer]) -> None:

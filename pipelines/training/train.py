@@ -57,7 +57,7 @@ def fit(config: dict[str, Any], settings: Stage, run: str) -> ray.train.Result:
     resources = {"CPU": settings.cpus_per_worker}
     if settings.gpus_per_worker:
         resources["GPU"] = settings.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = Trainer(
         work,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -73,6 +73,14 @@ def fit(config: dict[str, Any], settings: Stage, run: str) -> ray.train.Result:
         ),
     )
     return trainer.fit()
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's, without its handler of Ctrl-C: that one stays for the rest of the process and ends it with status
+    0 or 1, where the caller has to learn that the run was stopped."""
+
+    def _register_sigint_handler(self, controller) -> None:
+        pass
 
 
 def refuse_other_settings(run: str, stage: str, settings: Stage) -> None:
