@@ -11,9 +11,15 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+from owl_model import conversion
+
 
 class OwlVisionConfig(PretrainedConfig):
-    """The Owl ViT: CLIP ViT-L/14's shape by default (303 M parameters)."""
+    """The Owl ViT: CLIP ViT-L/14's shape by default (303 M parameters).
+
+    ``temporal`` adds the video variant's convolutions over time. Without ``use_cls_token`` the position table is a
+    16×16 grid, resized to the picture's (mPLUG-Owl2's second variant).
+    """
 
     model_type = "owl_vision"
     base_config_key = "vision_config"
@@ -24,21 +30,32 @@ class OwlVisionConfig(PretrainedConfig):
     num_attention_heads: int = 16
     image_size: int = 224
     patch_size: int = 14
+    hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
+    use_cls_token: bool = True
+    use_post_layernorm: bool = True
+    temporal: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         require_divisible(self, "hidden_size", "num_attention_heads")
         require_divisible(self, "image_size", "patch_size")
 
+    @property
+    def tokens(self) -> int:
+        """Features of one picture: its patches, and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + self.use_cls_token
+
 
 class OwlAbstractorConfig(PretrainedConfig):
     """The visual abstractor: ``num_queries`` learned queries read the picture's features.
 
     ``encoder_hidden_size`` is the width of the visual features. In the released models it equals
-    ``hidden_size``; where a backbone is wider or narrower, one linear projection comes first.
+    ``hidden_size``; where a backbone is wider or narrower, one linear projection comes first. ``grid_size`` is
+    mPLUG-Owl2's: sine-cosine positions for a grid of that many patches a side (0 = no positions, as in mPLUG-Owl),
+    with a zero row for the class token if ``use_cls_token``. ``temporal`` adds the video variant's second queries.
     """
 
     model_type = "owl_abstractor"
@@ -53,15 +70,25 @@ class OwlAbstractorConfig(PretrainedConfig):
     layer_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
+    grid_size: int = 0
+    use_cls_token: bool = True
+    temporal: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         require_divisible(self, "hidden_size", "num_attention_heads")
 
+    @property
+    def positions(self) -> int:
+        """How many features it has positions for; 0 without positions."""
+        return self.grid_size**2 + self.use_cls_token if self.grid_size else 0
+
 
 class OwlConfig(PretrainedConfig):
-    """An Owl. ``image_token_id`` stands once in the token ids for each visual token of a picture;
-    it may lie outside the vocabulary, as it is never looked up in the embedding table."""
+    """An Owl. ``image_token_id`` stands once in the token ids for each visual token of a picture, ``video_token_id``
+    for each of a video; they may lie outside the vocabulary, as they are never looked up in the embedding table.
+    With ``modality_adaptive`` the decoder keeps two copies of its norms, keys and values (mPLUG-Owl2). ``official``
+    is the authors' configuration that it came from, if it did."""
 
     model_type = "owl"
     sub_configs = {
@@ -74,6 +101,9 @@ class OwlConfig(PretrainedConfig):
     abstractor_config: Any = None
     text_config: Any = None
     image_token_id: Any = None
+    video_token_id: Any = None
+    modality_adaptive: bool = False
+    official: Any = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -83,6 +113,8 @@ class OwlConfig(PretrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size
+        if self.video_token_id is None:
+            self.video_token_id = self.image_token_id + 1
         super().__post_init__(**kwargs)
         seen, wanted = vision_width(self.vision_config), self.abstractor_config.encoder_hidden_size
         if seen != wanted:
@@ -90,6 +122,18 @@ class OwlConfig(PretrainedConfig):
                 f"the vision backbone gives features of width {seen}, but abstractor_config.encoder_hidden_size "
                 f"is {wanted}: they must agree"
             )
+        positions = self.abstractor_config.positions
+        if positions and positions != self.vision_config.tokens:
+            raise ValueError(
+                f"the vision backbone gives {self.vision_config.tokens} features a picture, but the abstractor has "
+                f"positions for {positions} (grid_size {self.abstractor_config.grid_size}): they must agree"
+            )
+
+    @classmethod
+    def get_config_dict(cls, folder, **kwargs):
+        """As of transformers; a configuration of the authors' is translated (owl_model/conversion.py)."""
+        values, rest = super().get_config_dict(folder, **kwargs)
+        return conversion.config_from_official(values, folder), rest
 
     @property
     def visual_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """The Owl: embed the words, put the pictures in their places, decode.
 
-    input_ids    [B, L]         with ``image_token_id`` once for each visual token
-    pixel_values [N, 3, H, W]   all pictures of the batch, in reading order
+    input_ids           [B, L]            with ``image_token_id`` (``video_token_id``) once for each visual token
+    pixel_values        [N, 3, H, W]      all pictures of the batch, in reading order
+    pixel_values_videos [M, T, 3, H, W]   all videos of the batch, likewise
     → logits [B, L, V], or with labels a loss
 
 Follows transformers' conventions for multimodal models (`get_image_features`, `mm_encoder_outputs`), so that
@@ -24,7 +25,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from owl_model import conversion
 from owl_model.abstractor import OwlAbstractor
+from owl_model.adaptive import make_adaptive, sort_rows
 from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig, vision_width
 from owl_model.vision import OwlVisionModel, flatten_features
 
@@ -33,7 +36,7 @@ class OwlPreTrainedModel(PreTrainedModel):
     config_class = OwlConfig
     config: OwlConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -50,6 +53,13 @@ class OwlModel(OwlPreTrainedModel):
         self.vision_model = AutoModel.from_config(config.vision_config)
         self.abstractor = OwlAbstractor(config.abstractor_config, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
+        # BLOOM norms its embeddings. mPLUG-Owl norms those of words alone, so the norm stands before the pictures
+        # are placed and not behind.
+        self.embedding_norm = getattr(self.language_model, "word_embeddings_layernorm", nn.Identity())
+        if config.text_config.model_type == "bloom":
+            self.language_model.word_embeddings_layernorm = nn.Identity()
+        if config.modality_adaptive:
+            make_adaptive(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -74,26 +84,33 @@ class OwlModel(OwlPreTrainedModel):
         tokens = self.abstractor(features.to(self.abstractor.query_tokens.dtype))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens)
 
-    def place_images(self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None) -> torch.Tensor:
-        """Word embeddings [B, L, Dt] with the visual tokens [N, Q + 1, Dt] in the placeholders' rows."""
-        is_image = input_ids == self.config.image_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        places = int(is_image.sum())
-        found = 0 if image_tokens is None else image_tokens.shape[0] * image_tokens.shape[1]
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Videos [M, T, 3, H, W] → ``pooler_output`` [M, Q + 1, Dt], ready to stand among the words."""
+        videos, frames = pixel_values_videos.shape[:2]
+        if frames > 1 and not self.config.abstractor_config.temporal:
+            raise ValueError(f"videos of {frames} frames need a model with temporal modules; this one reads pictures")
+        features = self.vision_model(pixel_values=pixel_values_videos.flatten(0, 1), frames=frames).last_hidden_state
+        features = features.unflatten(0, (videos, frames))  # [M, T, P, Dv]
+        tokens = self.abstractor(features.flatten(1, 2).to(self.abstractor.query_tokens.dtype), frames)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens)
+
+    def place(self, embeds: torch.Tensor, is_there: torch.Tensor, tokens: torch.Tensor | None, name: str):
+        """Word embeddings [B, L, Dt] with visual tokens [N, Q + 1, Dt] in the rows that ``is_there`` marks."""
+        places = int(is_there.sum())
+        found = 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
         if places != found:
-            per_image = self.config.visual_tokens
+            each = self.config.visual_tokens
             raise ValueError(
-                f"the text has {places} image placeholders ({places / per_image:g} pictures of {per_image}), "
-                f"but {found} visual tokens ({found // per_image} pictures) were given"
+                f"the text has {places} {name} placeholders ({places / each:g} {name}s of {each}), "
+                f"but {found} visual tokens ({found // each} {name}s) were given"
             )
-        if image_tokens is not None:
-            embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens.to(embeds.dtype))
-        return embeds
+        return embeds if tokens is None else embeds.masked_scatter(is_there.unsqueeze(-1), tokens.to(embeds.dtype))
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -104,14 +121,24 @@ class OwlModel(OwlPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            image_outputs = (mm_encoder_outputs or {}).get("image")
-            if image_outputs is None and (pixel_values is not None or vision_features is not None):
-                image_outputs = self.get_image_features(pixel_values, vision_features)
-            image_tokens = None if image_outputs is None else image_outputs.pooler_output
-            inputs_embeds = self.place_images(input_ids, image_tokens)
-            if self.training and image_tokens is None:
-                inputs_embeds = inputs_embeds + self.untouched_modules()
+        if input_ids is not None:
+            given = mm_encoder_outputs or {}
+            images, videos = given.get("image"), given.get("video")
+            if images is None and (pixel_values is not None or vision_features is not None):
+                images = self.get_image_features(pixel_values, vision_features)
+            if videos is None and pixel_values_videos is not None:
+                videos = self.get_video_features(pixel_values_videos)
+            is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+            is_visual = is_image | is_video
+            inputs_embeds = self.embedding_norm(self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0)))
+            inputs_embeds = self.place(inputs_embeds, is_image, images and images.pooler_output, "image")
+            inputs_embeds = self.place(inputs_embeds, is_video, videos and videos.pooler_output, "video")
+            if self.training and (idle := self.idle_parameters(images is not None, videos is not None)):
+                inputs_embeds = inputs_embeds + sum(p.flatten()[0] * 0.0 for p in idle)
+            if self.config.modality_adaptive:
+                kwargs["rows"] = sort_rows(is_visual)
+        elif self.config.modality_adaptive:
+            raise ValueError("a modality-adaptive model needs input_ids, to know which rows are visual")
         kwargs.pop("return_dict", None)
         return self.language_model(
             attention_mask=attention_mask,
@@ -121,21 +148,46 @@ class OwlModel(OwlPreTrainedModel):
             **kwargs,
         )
 
-    def untouched_modules(self) -> torch.Tensor:
-        """Zero, with a gradient path to the trainable visual parameters: a batch of text alone then gives them zero
-        gradients instead of none, and data-parallel ranks that hold pictures do not wait for it."""
-        modules = [*self.vision_model.parameters(), *self.abstractor.parameters()]
-        return sum((p.flatten()[0] * 0.0 for p in modules if p.requires_grad), start=torch.zeros(()))
+    def idle_parameters(self, images: bool, videos: bool) -> list[nn.Parameter]:
+        """What trains but is not touched by a batch without pictures or videos. With zero gradients instead of none,
+        data-parallel ranks that hold pictures do not wait for those that hold none."""
+        seeing = {**named(self.vision_model), **named(self.abstractor)}
+        if videos:
+            idle = {}
+        elif images:
+            idle = {name: p for name, p in seeing.items() if "temporal" in name}
+        else:
+            idle = seeing | {name: p for name, p in named(self.language_model).items() if ".multiway.1." in name}
+        return [p for p in idle.values() if p.requires_grad]
+
+
+def named(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {f"{type(module).__name__}.{name}": p for name, p in module.named_parameters()}
 
 
 class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    """An Owl with its head. ``from_pretrained`` also opens the authors' folders (owl_model/conversion.py)."""
 
     def __init__(self, config: OwlConfig):
         super().__init__(config)
         self.model = OwlModel(config)
+        words = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is words)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        """As of transformers; a folder of the authors' (mplug-owl, mplug_owl2) is read under their names."""
+        config = kwargs.pop("config", None) or OwlConfig.from_pretrained(folder)
+        if theirs := conversion.family(config):
+            kwargs["key_mapping"] = {**conversion.NAMES[theirs], **kwargs.get("key_mapping", {})}
+        return super().from_pretrained(folder, *args, config=config, **kwargs)
+
+    def save_pretrained(self, folder, **kwargs):
+        """As of transformers, under our names; `conversion.write_official` writes the authors'."""
+        super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
 
     @classmethod
     def from_parts(
@@ -164,10 +216,14 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -185,6 +241,7 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
             vision_features=vision_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
