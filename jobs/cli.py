@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs import bench
 from jobs.session import prepare_environment, ray_session
 from pipelines.settings import OwlError, SettingError, Settings, with_overrides
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(bench.app, name="bench")
 console = Console(stderr=True, highlight=False)
 
 RecipeName = Annotated[str, typer.Option("--recipe", help="A named recipe; `owl recipes` lists them.")]
@@ -219,6 +221,39 @@ def chat(
     if bool(model) == bool(url):
         raise OwlError("name either a model folder or --url, not both")
     talk(Endpoint(url) if url else Folder(model), image or [], question)
+
+
+@app.command()
+def convert(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the model that is written.")],
+    model: Annotated[
+        str, typer.Argument(help="A model folder, ours or the authors'; leave it out for new parts.")
+    ] = "",
+    to: Annotated[str, typer.Option("--to", help="owl (ours) or official (the authors' names and files).")] = "owl",
+    vision: Annotated[str, typer.Option("--vision", help="A new model's vision backbone: a folder.")] = "",
+    language_model: Annotated[
+        str, typer.Option("--language-model", help="A new model's causal language model: a folder.")
+    ] = "",
+    template: Annotated[
+        str, typer.Option("--template", help="A new model's template: owl1, owl2, chatml, plain.")
+    ] = "",
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Gives a new model mPLUG-Owl2's modality-adaptive module.")
+    ] = False,
+) -> None:
+    """Rewrites a model folder, or starts a new model from foundation parts."""
+    from jobs.parts import assemble, rewrite
+    from jobs.recipes import Parts
+
+    if bool(model) == bool(vision or language_model):
+        raise OwlError("name either a model folder, or --vision and --language-model")
+    if model:
+        rewrite(model, to, str(out))
+    else:
+        chosen = template or ("owl2" if adaptive else "owl1")
+        parts = Parts(vision=vision, language_model=language_model, adaptive=adaptive, template=chosen)
+        assemble(parts, str(out))
+    console.print(f"Model: {out}")
 
 
 @app.command()

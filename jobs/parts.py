@@ -19,25 +19,59 @@ from owl_model import (
     OwlVisionConfig,
 )
 from owl_model.chat import TEMPLATES
+from owl_model.conversion import OWL2_ADAPTIVE, vision_from_clip, write_official
 from pipelines.settings import OwlError
 
 
 def assemble(parts: Parts, folder: str, seed: int = 0) -> None:
-    """Writes a model folder with the given towers and a fresh abstractor. Raises OwlError for a missing tower."""
+    """Writes a model folder with the given towers and a fresh abstractor. Raises OwlError for a missing tower, and
+    for towers that do not fit each other."""
     if (Path(folder) / "finished").exists():
         return
     for name, tower in (("parts.vision", parts.vision), ("parts.language_model", parts.language_model)):
         if isinstance(tower, str) and not (Path(tower) / "config.json").exists():
             raise OwlError(f"{name} is {tower!r}, where there is no model folder (no config.json)")
     torch.manual_seed(seed)
-    abstractor = OwlAbstractorConfig(**parts.abstractor)
-    vision = OwlVisionConfig(**parts.vision) if isinstance(parts.vision, dict) else parts.vision
-    owl = OwlForConditionalGeneration.from_parts(vision, parts.language_model, abstractor)
-    tokenizer = AutoTokenizer.from_pretrained(parts.language_model)
-    processor = OwlProcessor.for_model(owl.config, image_processor_of(parts), tokenizer, parts.template)
+    try:
+        abstractor = OwlAbstractorConfig(**parts.abstractor)
+        adaptive = OWL2_ADAPTIVE if parts.adaptive else ()
+        owl = OwlForConditionalGeneration.from_parts(tower_of(parts), parts.language_model, abstractor, adaptive)
+        tokenizer = AutoTokenizer.from_pretrained(parts.language_model)
+        processor = OwlProcessor.for_model(owl.config, image_processor_of(parts), tokenizer, parts.template)
+    except ValueError as error:
+        raise OwlError(str(error)) from None
     owl.save_pretrained(folder)
     processor.save_pretrained(folder)
     (Path(folder) / "finished").touch()
+
+
+def tower_of(parts: Parts):
+    """A fresh Owl ViT's configuration, a CLIP ViT as the Owl ViT that mPLUG-Owl made of it, or a backbone's folder."""
+    if isinstance(parts.vision, dict):
+        return OwlVisionConfig(**parts.vision)
+    kind = json.loads((Path(parts.vision) / "config.json").read_text()).get("model_type")
+    return vision_from_clip(parts.vision) if kind in ("clip", "clip_vision_model") else parts.vision
+
+
+def rewrite(model: str, to: str, folder: str) -> None:
+    """A model folder, ours or the authors', as ours ("owl") or theirs ("official")."""
+    if not (Path(model) / "config.json").exists():
+        raise OwlError(f"no model folder at {model!r}: it has no config.json")
+    if to not in ("owl", "official"):
+        raise OwlError(f"--to is owl or official, not {to!r}")
+    owl = OwlForConditionalGeneration.from_pretrained(model)
+    if to == "official":
+        try:
+            write_official(owl, folder)
+        except ValueError as error:
+            raise OwlError(f"{model}: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(model) if any(Path(model).glob("tokenizer*")) else None
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    owl.save_pretrained(folder)
+    if any(Path(model).glob("tokenizer*")):
+        OwlProcessor.from_pretrained(model).save_pretrained(folder)
 
 
 def image_processor_of(parts: Parts) -> OwlImageProcessor:

@@ -25,8 +25,10 @@ class Parts(Settings):
     """A causal language model's folder, with its tokenizer."""
     abstractor: dict[str, Any] = {}
     """Settings of the fresh visual abstractor."""
-    template: str = "owl1"
-    """How conversations are written; a name of owl_model.chat.TEMPLATES."""
+    adaptive: bool = False
+    """Whether the language model gets mPLUG-Owl2's modality-adaptive module."""
+    template: str | dict[str, Any] = "owl1"
+    """How conversations are written: owl1, owl2, owl2_finetune, chatml, plain, or one's own fields."""
 
 
 class Recipe(Settings):

@@ -1,8 +1,8 @@
 """mPLUG-Owl2's modality-adaptive module (arXiv 2311.04257, section 3.2, figure 3).
 
 Each decoder layer keeps one query projection, output projection and MLP, and two copies of both norms and of the key
-and value projections: ``multiway.0`` for words, ``multiway.1`` for visual tokens. Every row of the sequence goes
-through the copy of its modality; attention itself runs over all rows as usual.
+and value projections: ``multiway.0`` for words, ``multiway.1`` for visual tokens (mPLUG-Owl2.1: of query, key and
+value). Every row of the sequence goes through the copy of its modality; attention itself runs over all rows as usual.
 
 `make_adaptive` turns a transformers decoder of LLaMA's layer shape into one, in place. Rows are sorted once for the
 whole model, so that a layer has no loop, no mask and no row computed twice.
@@ -10,6 +10,7 @@ whole model, so that a layer has no loop, no mask and no row computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 ADAPTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Decoders of LLaMA's layer shape, by model_type."""
+
+
+DOUBLED = ("input_layernorm", "post_attention_layernorm", "q_proj", "k_proj", "v_proj")
+"""What a layer may keep twice."""
 
 
 class Rows(NamedTuple):
@@ -58,8 +63,16 @@ class Multiway(nn.Module):
         return both.index_select(0, rows.back).unflatten(0, hidden.shape[:-1])
 
 
+def routed(module: nn.Module, twice: bool) -> nn.Module:
+    return Multiway(module) if twice else module
+
+
+def send(module: nn.Module, hidden: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    return module(hidden, rows) if isinstance(module, Multiway) else module(hidden)
+
+
 class ModalityAdaptiveAttention(nn.Module):
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, twice: Collection[str]):
         super().__init__()
         self.config = attention.config
         self.layer_idx = attention.layer_idx
@@ -70,9 +83,9 @@ class ModalityAdaptiveAttention(nn.Module):
         self.window = (
             {} if getattr(attention, "sliding_window", None) is None else {"sliding_window": attention.sliding_window}
         )
-        self.q_proj = attention.q_proj
-        self.k_proj = Multiway(attention.k_proj)
-        self.v_proj = Multiway(attention.v_proj)
+        self.q_proj = routed(attention.q_proj, "q_proj" in twice)
+        self.k_proj = routed(attention.k_proj, "k_proj" in twice)
+        self.v_proj = routed(attention.v_proj, "v_proj" in twice)
         self.o_proj = attention.o_proj
         self.q_norm = getattr(attention, "q_norm", nn.Identity())  # Qwen3 has them
         self.k_norm = getattr(attention, "k_norm", nn.Identity())
@@ -81,9 +94,9 @@ class ModalityAdaptiveAttention(nn.Module):
         self, hidden, rows, position_embeddings, attention_mask, past_key_values=None, **kwargs
     ) -> torch.Tensor:
         """[B, L, D] → [B, L, D]"""
-        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)))
-        key = self.k_norm(self.k_proj(hidden, rows).unflatten(-1, (-1, self.head_dim)))
-        value = self.v_proj(hidden, rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query = self.q_norm(send(self.q_proj, hidden, rows).unflatten(-1, (-1, self.head_dim)))
+        key = self.k_norm(send(self.k_proj, hidden, rows).unflatten(-1, (-1, self.head_dim)))
+        value = send(self.v_proj, hidden, rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -97,23 +110,27 @@ class ModalityAdaptiveAttention(nn.Module):
 class ModalityAdaptiveLayer(GradientCheckpointingLayer):
     """A decoder layer that routes rows by modality; ``rows`` reaches it through the decoder's keyword arguments."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, twice: Collection[str]):
         super().__init__()
-        self.self_attn = ModalityAdaptiveAttention(layer.self_attn)
+        self.self_attn = ModalityAdaptiveAttention(layer.self_attn, twice)
         self.mlp = layer.mlp
-        self.input_layernorm = Multiway(layer.input_layernorm)
-        self.post_attention_layernorm = Multiway(layer.post_attention_layernorm)
+        self.input_layernorm = routed(layer.input_layernorm, "input_layernorm" in twice)
+        self.post_attention_layernorm = routed(layer.post_attention_layernorm, "post_attention_layernorm" in twice)
 
     def forward(self, hidden: torch.Tensor, rows: Rows | None = None, **kwargs) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden, rows), rows, **kwargs)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden, rows))
+        normed = send(self.input_layernorm, hidden, rows)
+        hidden = hidden + self.self_attn(normed, rows, **kwargs)
+        return hidden + self.mlp(send(self.post_attention_layernorm, hidden, rows))
 
 
-def make_adaptive(decoder: PreTrainedModel) -> None:
-    """Gives every layer its second copies, equal to the first. Raises ValueError for a decoder of another shape."""
+def make_adaptive(decoder: PreTrainedModel, twice: Collection[str]) -> None:
+    """Gives every layer second copies, equal to the first, of the modules named. Raises ValueError for a decoder of
+    another shape, and for a module that cannot be doubled."""
+    if unknown := set(twice) - set(DOUBLED):
+        raise ValueError(f"adaptive_modules has {', '.join(sorted(unknown))}; known: {', '.join(DOUBLED)}")
     kind = decoder.config.model_type
     if kind not in ADAPTABLE:
         known = ", ".join(ADAPTABLE)
         raise ValueError(f"the modality-adaptive module fits decoders of LLaMA's shape ({known}), not {kind!r}")
-    decoder.layers = nn.ModuleList(ModalityAdaptiveLayer(layer) for layer in decoder.layers)
+    decoder.layers = nn.ModuleList(ModalityAdaptiveLayer(layer, twice) for layer in decoder.layers)
     decoder._no_split_modules = ["ModalityAdaptiveLayer"]

@@ -87,8 +87,9 @@ class OwlAbstractorConfig(PretrainedConfig):
 class OwlConfig(PretrainedConfig):
     """An Owl. ``image_token_id`` stands once in the token ids for each visual token of a picture, ``video_token_id``
     for each of a video; they may lie outside the vocabulary, as they are never looked up in the embedding table.
-    With ``modality_adaptive`` the decoder keeps two copies of its norms, keys and values (mPLUG-Owl2). ``official``
-    is the authors' configuration that it came from, if it did."""
+    ``adaptive_modules`` names the parts of a decoder layer that it keeps twice, for words and for visual tokens
+    (mPLUG-Owl2's modality-adaptive module; empty = none). ``official`` is the authors' configuration that it came
+    from, if it did."""
 
     model_type = "owl"
     sub_configs = {
@@ -102,7 +103,7 @@ class OwlConfig(PretrainedConfig):
     text_config: Any = None
     image_token_id: Any = None
     video_token_id: Any = None
-    modality_adaptive: bool = False
+    adaptive_modules: Any = ()
     official: Any = None
     tie_word_embeddings: bool = False
 
@@ -134,6 +135,10 @@ class OwlConfig(PretrainedConfig):
         """As of transformers; a configuration of the authors' is translated (owl_model/conversion.py)."""
         values, rest = super().get_config_dict(folder, **kwargs)
         return conversion.config_from_official(values, folder), rest
+
+    @property
+    def modality_adaptive(self) -> bool:
+        return bool(self.adaptive_modules)
 
     @property
     def visual_tokens(self) -> int:

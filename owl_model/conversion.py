@@ -1,12 +1,14 @@
-"""The authors' checkpoints ↔ ours: configurations and names. No weight changes its shape, so both ways are exact.
+"""The authors' checkpoints ↔ ours: configurations and names. No number changes, so both ways are exact.
 
-    family       model_type   language model      official names
-    owl          mplug-owl    LLaMA               query_tokens, language_model.model.…
-    owl_bloom    mplug-owl    BLOOM               query_tokens, language_model.transformer.…
-    owl2         mplug_owl2   LLaMA 2, adaptive   model.layers.…, model.visual_abstractor.query_embeds
+    family       model_type    language model      official names
+    owl          mplug-owl     LLaMA               query_tokens, language_model.model.…
+    owl_bloom    mplug-owl     BLOOM               query_tokens, language_model.transformer.…
+    owl2         mplug_owl2    LLaMA 2, adaptive   model.layers.…, model.visual_abstractor.query_embeds
+    owl21        mplug_owl2_1  Qwen                transformer.h.…, transformer.visual_abstractor.query_embeds
 
 The video variant has the model_type of the others and is known by its weights. Read from the release (X-PLUG/mPLUG-Owl,
-commit 0f3068fd).
+commit 0f3068fd). Qwen's fused ``c_attn`` is cut into the query, key and value of transformers' Qwen2, whose layer is
+otherwise the same within the length it was trained for.
 """
 
 from __future__ import annotations
@@ -19,36 +21,57 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel
 
 if TYPE_CHECKING:
     from owl_model.config import OwlConfig
     from owl_model.modeling import OwlForConditionalGeneration
+    from owl_model.vision import OwlVisionModel
 
 Names = dict[str, str]
+Tensors = dict[str, torch.Tensor]
 
 VISUAL: Names = {
-    r"^query_tokens$": "model.abstractor.query_tokens",
-    r"^temporal_query_tokens$": "model.abstractor.temporal_query_tokens",
-    r"^vision_model\.": "model.vision_model.",
-    r"^abstractor\.": "model.abstractor.",
-    r"^language_model\.lm_head\.": "lm_head.",
+    "query_tokens": "model.abstractor.query_tokens",
+    "temporal_query_tokens": "model.abstractor.temporal_query_tokens",
+    "vision_model.": "model.vision_model.",
+    "abstractor.": "model.abstractor.",
+    "language_model.lm_head.": "lm_head.",
 }
 NAMES: dict[str, Names] = {
-    "owl": {**VISUAL, r"^language_model\.model\.": "model.language_model."},
+    "owl": {**VISUAL, "language_model.model.": "model.language_model."},
     "owl_bloom": {
         **VISUAL,
-        r"^language_model\.transformer\.word_embeddings_layernorm\.": "model.embedding_norm.",
-        r"^language_model\.transformer\.": "model.language_model.",
+        "language_model.transformer.word_embeddings_layernorm.": "model.embedding_norm.",
+        "language_model.transformer.": "model.language_model.",
     },
     "owl2": {
-        r"^model\.visual_abstractor\.query_embeds$": "model.abstractor.query_tokens",
-        r"^model\.visual_abstractor\.": "model.abstractor.",
-        r"^model\.embed_tokens\.": "model.language_model.embed_tokens.",
-        r"^model\.layers\.": "model.language_model.layers.",
-        r"^model\.norm\.": "model.language_model.norm.",
+        "model.visual_abstractor.query_embeds": "model.abstractor.query_tokens",
+        "model.visual_abstractor.": "model.abstractor.",
+        "model.embed_tokens.": "model.language_model.embed_tokens.",
+        "model.layers.": "model.language_model.layers.",
+        "model.norm.": "model.language_model.norm.",
+    },
+    "owl21": {
+        "transformer.visual_abstractor.query_embeds": "model.abstractor.query_tokens",
+        "transformer.visual_abstractor.": "model.abstractor.",
+        "transformer.vision_model.": "model.vision_model.",
+        "transformer.wte.": "model.language_model.embed_tokens.",
+        "transformer.ln_f.": "model.language_model.norm.",
+        "transformer.h.*.ln_1.": "model.language_model.layers.*.input_layernorm.",
+        "transformer.h.*.ln_2.": "model.language_model.layers.*.post_attention_layernorm.",
+        "transformer.h.*.attn.c_proj.": "model.language_model.layers.*.self_attn.o_proj.",
+        "transformer.h.*.attn.c_attn.": "model.language_model.layers.*.self_attn.c_attn.",
+        "transformer.h.*.mlp.w1.": "model.language_model.layers.*.mlp.up_proj.",
+        "transformer.h.*.mlp.w2.": "model.language_model.layers.*.mlp.gate_proj.",
+        "transformer.h.*.mlp.c_proj.": "model.language_model.layers.*.mlp.down_proj.",
     },
 }
-"""By family: the beginning of an official name → that of ours; the first that matches."""
+"""By family: how an official name begins → how ours does, a star for the layer's number; the first that fits."""
+
+OWL2_ADAPTIVE = ("input_layernorm", "post_attention_layernorm", "k_proj", "v_proj")
+OWL21_ADAPTIVE = ("q_proj", "k_proj", "v_proj")
 
 UNREAD = (
     "model_type",
@@ -61,6 +84,21 @@ UNREAD = (
 """Settings of the towers that the release writes and never reads."""
 
 
+def renamed(name: str, names: Names) -> str:
+    """The name under the first beginning that fits; as it is where none does."""
+    for start, other in names.items():
+        pattern = re.escape(start).replace(r"\*", r"(\d+)")
+        if found := re.match(pattern, name):
+            return found.expand(other.replace("*", r"\1")) + name[found.end() :]
+    return name
+
+
+def patterns(family: str) -> Names:
+    """The names as transformers' ``key_mapping``: regular expressions → replacements."""
+    table = NAMES[family].items()
+    return {"^" + re.escape(a).replace(r"\*", r"(\d+)"): b.replace("*", r"\1") for a, b in table}
+
+
 # --- configurations --------------------------------------------------------------------------------------------------
 
 
@@ -68,15 +106,17 @@ def family(config: OwlConfig) -> str | None:
     """Whose names a checkpoint with this configuration may bear; None for a model of our own."""
     if config.official is None:
         return None
-    if config.official["model_type"] == "mplug_owl2":
-        return "owl2"
+    kind = config.official["model_type"]
+    if kind != "mplug-owl":
+        return "owl2" if kind == "mplug_owl2" else "owl21"
     return "owl_bloom" if config.text_config.model_type == "bloom" else "owl"
 
 
 def config_from_official(values: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """Contents of an official config.json → those of OwlConfig; ours pass through untouched."""
-    translate = {"mplug-owl": from_owl, "mplug_owl2": from_owl2}.get(values.get("model_type", ""))
-    return translate(values, shapes_in(folder)) if translate else values
+    translate = {"mplug-owl": from_owl, "mplug_owl2": from_owl2, "mplug_owl2_1": from_owl21}
+    kind = values.get("model_type", "")
+    return translate[kind](values, shapes_in(folder)) if kind in translate else values
 
 
 def from_owl(values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -97,18 +137,46 @@ def from_owl(values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict
 
 
 def from_owl2(values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    ours = ("visual_config", "architectures", "model_type")
+    text = {"model_type": "llama", **{k: v for k, v in values.items() if k not in ours}}
+    return {**visual_of_owl2(values), "adaptive_modules": list(OWL2_ADAPTIVE), "text_config": text}
+
+
+def from_owl21(values: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Qwen's configuration as Qwen2's. Raises ValueError for what that cannot express."""
+    if values.get("rotary_pct", 1.0) != 1.0:
+        raise ValueError(f"rotary_pct {values['rotary_pct']}: only whole heads (1.0) can be rotated here")
+    multiway = any(".c_attn.multiway." in name for name in shapes) or values.get("multiway", False)
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": values["vocab_size"],
+        "hidden_size": values["hidden_size"],
+        "intermediate_size": values["intermediate_size"] // 2,  # Qwen counts both halves of SwiGLU
+        "num_hidden_layers": values["num_hidden_layers"],
+        "num_attention_heads": values["num_attention_heads"],
+        "num_key_value_heads": values["num_attention_heads"],
+        "rms_norm_eps": values.get("layer_norm_epsilon", 1e-6),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(values.get("rotary_emb_base", 10000))},
+        "max_position_embeddings": values.get("seq_length") or values.get("max_position_embeddings", 8192),
+        "tie_word_embeddings": values.get("tie_word_embeddings", False),
+    }
+    return {
+        **visual_of_owl2(values),
+        "adaptive_modules": list(OWL21_ADAPTIVE) if multiway else [],
+        "text_config": text,
+    }
+
+
+def visual_of_owl2(values: dict[str, Any]) -> dict[str, Any]:
     visual = values.get("visual_config") or {}
     vision, abstractor = known(visual.get("visual_model")), known(visual.get("visual_abstractor"))
     abstractor["attention_dropout"] = abstractor.pop("attention_probs_dropout_prob", 0.0)
     abstractor["num_queries"] = abstractor.pop("num_learnable_queries", 64)
-    ours = ("visual_config", "architectures", "model_type")
     return {
         "model_type": "owl",
         "official": values,
-        "modality_adaptive": True,
         "vision_config": {"image_size": 448, **vision},
         "abstractor_config": {"grid_size": 32, **abstractor},
-        "text_config": {"model_type": "llama", **{k: v for k, v in values.items() if k not in ours}},
     }
 
 
@@ -119,34 +187,33 @@ def known(values: dict[str, Any] | None) -> dict[str, Any]:
 def shapes_in(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a local folder, read from headers; empty where there are none."""
     found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
-    for path in sorted(Path(folder).glob("*.bin")) if not found else []:
-        weights = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        found |= {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    return found
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+        else:
+            weights = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            found |= {name: tuple(value.shape) for name, value in weights.items()}
+    return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def official_state(owl: OwlForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """All weights (the parameters themselves, not copies) under the authors' names, with the buffers that their files
-    hold. Raises ValueError where the model is of no official family."""
-    names = NAMES.get(family(owl.config) or "")
-    if names is None:
+def official_state(owl: OwlForConditionalGeneration) -> Tensors:
+    """All weights (the parameters themselves, where they are not joined) under the authors' names, with the buffers
+    that their files hold. Raises ValueError where the model is of no official family."""
+    kind = family(owl.config)
+    if kind is None:
         raise ValueError("only a model that came from an official folder can be written back as one")
-    back = {ours: re.sub(r"[\^$\\]", "", theirs) for theirs, ours in names.items()}
-
-    def theirs(name: str) -> str:
-        start = next((start for start in back if name.startswith(start)), "")  # some names are the same
-        return back.get(start, "") + name.removeprefix(start)
-
-    state = {theirs(name): value for name, value in owl.state_dict(keep_vars=True).items()}
+    back = {ours: theirs for theirs, ours in NAMES[kind].items()}
+    ours = owl.state_dict(keep_vars=True)
+    if kind == "owl21":
+        ours = joined(ours)
+    state = {renamed(name, back): value for name, value in ours.items()}
     decoder = owl.model.language_model
-    if hasattr(decoder, "rotary_emb"):  # transformers 4.28 and 4.31 wrote the rotary frequencies of every layer
-        prefix = "model" if owl.config.modality_adaptive else "language_model.model"
+    if kind in ("owl", "owl2"):  # transformers 4.28 and 4.31 wrote the rotary frequencies of every layer
+        prefix = "model" if kind == "owl2" else "language_model.model"
         for index in range(len(decoder.layers)):
             frequencies = decoder.rotary_emb.inv_freq.detach().clone()
             state[f"{prefix}.layers.{index}.self_attn.rotary_emb.inv_freq"] = frequencies
@@ -155,8 +222,107 @@ def official_state(owl: OwlForConditionalGeneration) -> dict[str, torch.Tensor]:
     return state
 
 
+def joined(ours: Tensors) -> Tensors:
+    """Query, key and value → Qwen's c_attn."""
+    state = {}
+    for name, value in ours.items():
+        if ".self_attn.q_proj." in name:
+            parts = [ours[name.replace(".q_proj.", f".{part}.")] for part in ("q_proj", "k_proj", "v_proj")]
+            state[name.replace(".q_proj.", ".c_attn.")] = torch.cat(parts)
+        elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name:
+            state[name] = value
+    return state
+
+
+def parted(ours: Tensors) -> Tensors:
+    """Qwen's c_attn → query, key and value."""
+    state = {}
+    for name, value in ours.items():
+        if ".c_attn." in name:
+            for part, piece in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                state[name.replace(".c_attn.", f".{part}.")] = piece.contiguous()
+        else:
+            state[name] = value
+    return state
+
+
+def rewritten(folder: str | Path, kind: str) -> Tensors | None:
+    """Weights of an official folder under our names, where renaming alone does not do: LoRA is merged, and Qwen's
+    c_attn cut. None where renaming does."""
+    adapted = any(".lora_A." in name for name in shapes_in(folder))
+    if not adapted and kind != "owl21":
+        return None
+    weights: Tensors = {}
+    for path in weight_files(folder):
+        read = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        weights |= {name.removeprefix("base_model.model."): value for name, value in read.items()}
+    if adapted:
+        weights = merged(weights, folder)
+    ours = {renamed(name, NAMES[kind]): value for name, value in weights.items() if not name.endswith(".inv_freq")}
+    return parted(ours) if kind == "owl21" else ours
+
+
+def merged(weights: Tensors, folder: str | Path) -> Tensors:
+    """LoRA folded into what it adapts: W + alpha / r · B A (peft's names, `base_layer` or not). Raises ValueError
+    without adapter_config.json, which alone tells alpha."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds LoRA weights, but no adapter_config.json that tells their scale")
+    adapter = json.loads(path.read_text())
+    scale = adapter["lora_alpha"] / (adapter["r"] ** (0.5 if adapter.get("use_rslora") else 1))
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        if ".lora_A." in name:
+            up = weights[name.replace(".lora_A.", ".lora_B.")]
+            base = name.partition(".lora_A.")[0] + ".weight"
+            plain[base] = (plain[base].float() + scale * up.float() @ down.float()).to(plain[base].dtype)
+    return plain
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Safetensors where there are any, else .bin (without the optimizer's and arguments' files)."""
+    safe = sorted(Path(folder).glob("*.safetensors"))
+    skipped = ("training_args", "optimizer", "scheduler")
+    return safe or [path for path in sorted(Path(folder).glob("*.bin")) if path.stem not in skipped]
+
+
 def write_official(owl: OwlForConditionalGeneration, folder: str | Path) -> None:
     """A folder that the authors' code opens: config.json as it was, and weights under their names."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(official_state(owl), folder)
     (Path(folder) / "config.json").write_text(json.dumps(owl.config.official, indent=2) + "\n")
+
+
+def vision_from_clip(folder: str | Path) -> OwlVisionModel:
+    """The Owl ViT with the weights of a CLIP ViT's folder, from which mPLUG-Owl began (arXiv 2304.14178, section
+    4.1). Query, key and value are woven into one matrix, ordered [head, (q, k, v), head_dim]."""
+    from owl_model.config import OwlVisionConfig
+    from owl_model.vision import OwlVisionModel
+
+    clip = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    shape = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size"
+    shape += " hidden_act layer_norm_eps attention_dropout"
+    config = OwlVisionConfig(**{name: getattr(clip.config, name) for name in shape.split()})
+    heads = config.num_attention_heads
+
+    def woven(layer: str, kind: str) -> torch.Tensor:
+        parts = [theirs[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+        return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
+
+    theirs = {name.removeprefix("vision_model."): value for name, value in clip.state_dict().items()}
+    ours = {
+        "embeddings.cls_token": theirs["embeddings.class_embedding"].view(1, 1, -1),
+        "embeddings.position_embedding": theirs["embeddings.position_embedding.weight"].unsqueeze(0),
+        "embeddings.patch_embed.weight": theirs["embeddings.patch_embedding.weight"],
+    }
+    for name, value in theirs.items():
+        name = name.replace("pre_layrnorm.", "embeddings.pre_layernorm.")
+        if found := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
+            ours[name.replace("q_proj", "query_key_value")] = woven(*found.groups())
+        elif not re.search(r"\.[kv]_proj\.|^embeddings\.(class|position|patch)", name):
+            for old, new in (("layer_norm1", "input_layernorm"), ("layer_norm2", "post_attention_layernorm")):
+                name = name.replace(old, new)
+            ours[name.replace("self_attn.out_proj", "self_attn.dense")] = value
+    tower = OwlVisionModel(config)
+    tower.load_state_dict(ours)
+    return tower

@@ -1,7 +1,7 @@
 """Image bytes → pixels: the one preprocessing of training, evaluation and serving.
 
 `open_image` turns any encoded picture into upright RGB, refusing what is too large *before* decoding it; `to_pixels`
-squashes it to a square (mPLUG-Owl keeps no aspect ratio), scales and normalises. Nothing here needs torch, so that
+makes it square (mPLUG-Owl keeps no aspect ratio), scales and normalises. Nothing here needs torch, so that
 curation can decode with the same code in processes that never load it.
 """
 
@@ -61,10 +61,50 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode(open_header(data, max_pixels))
 
 
-def to_pixels(image: Image.Image, side: int, mean, std, resample: int) -> np.ndarray:
-    """RGB picture → [3, side, side] float32: squash, 1/255, (x - mean) / std."""
-    if image.size != (side, side):
-        image = image.resize((side, side), Image.Resampling(resample))
-    scaled = np.asarray(image, dtype=np.float32) / 255.0
-    normal = (scaled - np.float32(mean)) / np.float32(std)
-    return normal.transpose(2, 0, 1).copy()
+def squash(image: Image.Image, side: int, resample: Image.Resampling, mean) -> Image.Image:
+    """To the square in one step, its aspect ratio lost: mPLUG-Owl."""
+    return image if image.size == (side, side) else image.resize((side, side), resample)
+
+
+def squash_twice(image: Image.Image, side: int, resample: Image.Resampling, mean) -> Image.Image:
+    """To a square of the longer side (always bicubic), then to size: mPLUG-Owl2's demo and evaluations."""
+    longer = max(image.size)
+    return squash(image.resize((longer, longer), Image.Resampling.BICUBIC), side, resample, mean)
+
+
+def pad(image: Image.Image, side: int, resample: Image.Resampling, mean) -> Image.Image:
+    """In the middle of a square of the mean colour: mPLUG-Owl2's fine-tuning scripts."""
+    longer = max(image.size)
+    square = Image.new("RGB", (longer, longer), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+    return squash(square, side, resample, mean)
+
+
+def crop(image: Image.Image, side: int, resample: Image.Resampling, mean) -> Image.Image:
+    """The shorter side to size, then the middle: CLIP's own, which loses the margins."""
+    shorter = min(image.size)
+    width, height = (int(side * length / shorter) for length in image.size)
+    image = image.resize((width, height), resample)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+FITS = {"squash": squash, "squash_twice": squash_twice, "pad": pad, "crop": crop}
+"""The ways to make a picture square, by name."""
+
+
+def to_pixels(image: Image.Image, side: int, mean, std, resample: int, fit: str = "squash") -> np.ndarray:
+    """RGB picture → [3, side, side] float32: made square, 1/255, (x - mean) / std."""
+    image = FITS[fit](image, side, Image.Resampling(resample), mean)
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)  # of each value a byte has, rounded as transformers does
+    centre, spread = (np.asarray(numbers, dtype=np.float32)[:, None] for numbers in (mean, std))
+    values = (scaled - centre) / spread  # [3, 256]
+    bytes_ = np.asarray(image)
+    return np.stack([values[channel][bytes_[:, :, channel]] for channel in range(3)])
+
+
+def spread_frames(total: int, wanted: int) -> list[int]:
+    """Which of ``total`` frames of a video are looked at: the middles of ``wanted`` equal stretches, as in the
+    release."""
+    stretch = (total - 1) / wanted
+    return [int(stretch / 2) + round(stretch * index) for index in range(wanted)]

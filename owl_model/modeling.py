@@ -11,16 +11,19 @@ Follows transformers' conventions for multimodal models (`get_image_features`, `
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -29,7 +32,7 @@ from owl_model import conversion
 from owl_model.abstractor import OwlAbstractor
 from owl_model.adaptive import make_adaptive, sort_rows
 from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig, vision_width
-from owl_model.vision import OwlVisionModel, flatten_features
+from owl_model.vision import OwlVisionModel, look
 
 
 class OwlPreTrainedModel(PreTrainedModel):
@@ -59,7 +62,7 @@ class OwlModel(OwlPreTrainedModel):
         if config.text_config.model_type == "bloom":
             self.language_model.word_embeddings_layernorm = nn.Identity()
         if config.modality_adaptive:
-            make_adaptive(self.language_model)
+            make_adaptive(self.language_model, config.adaptive_modules)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -70,7 +73,7 @@ class OwlModel(OwlPreTrainedModel):
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] → [N, P, Dv]: what a frozen encoder may compute once for all epochs."""
-        return flatten_features(self.vision_model(pixel_values=pixel_values).last_hidden_state)
+        return look(self.vision_model, pixel_values)
 
     def get_image_features(
         self, pixel_values: torch.Tensor | None = None, vision_features: torch.Tensor | None = None, **kwargs
@@ -165,6 +168,13 @@ def named(module: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{type(module).__name__}.{name}": p for name, p in module.named_parameters()}
 
 
+LOSS_ROWS = 1024
+"""Supervised tokens whose logits are held at once: 131 MB in fp32 for 32,000 words."""
+
+BIASED_HEADS = ("codegen", "gptj", "phi")
+"""Language models whose head has a bias, which their configuration does not tell."""
+
+
 class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
     """An Owl with its head. ``from_pretrained`` also opens the authors' folders (owl_model/conversion.py)."""
 
@@ -174,15 +184,19 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         words = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is words)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.model_type in BIASED_HEADS)
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
-        """As of transformers; a folder of the authors' (mplug-owl, mplug_owl2) is read under their names."""
+        """As of transformers; a folder of the authors' (mplug-owl, mplug_owl2) is read under their names, LoRA merged
+        where it is not."""
         config = kwargs.pop("config", None) or OwlConfig.from_pretrained(folder)
         if theirs := conversion.family(config):
-            kwargs["key_mapping"] = {**conversion.NAMES[theirs], **kwargs.get("key_mapping", {})}
+            if weights := conversion.rewritten(folder, theirs):
+                return super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
+            kwargs["key_mapping"] = {**conversion.patterns(theirs), **kwargs.get("key_mapping", {})}
         return super().from_pretrained(folder, *args, config=config, **kwargs)
 
     def save_pretrained(self, folder, **kwargs):
@@ -192,23 +206,59 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
     @classmethod
     def from_parts(
         cls,
-        vision: str | Path | OwlPreTrainedModel,
+        vision: str | Path | PretrainedConfig | PreTrainedModel,
         language_model: str | Path,
         abstractor: OwlAbstractorConfig,
+        adaptive_modules: Collection[str] = (),
     ) -> OwlForConditionalGeneration:
-        """A new Owl from foundation parts: a vision backbone's folder (or a configuration, for a fresh one), a
-        causal language model's folder, and a fresh abstractor."""
-        text = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
-        fresh = not isinstance(vision, (str, Path))
-        tower = AutoModel.from_config(vision) if fresh else AutoModel.from_pretrained(vision, dtype=torch.float32)
+        """A new Owl from foundation parts: a vision backbone (its folder, the model itself, or a configuration for a
+        fresh one), a causal language model's folder, and a fresh abstractor. The visual copies of
+        ``adaptive_modules`` start equal to the textual ones. Raises ValueError for a language model whose logits
+        Owl would not reproduce."""
+        text = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32).eval()
+        ids = torch.arange(min(16, text.config.vocab_size)).unsqueeze(0)
+        with torch.no_grad():
+            wanted = text(input_ids=ids)
+        if "past_key_values" not in wanted:
+            raise ValueError(f"{text.config.model_type} keeps no past_key_values: it is no decoder of attention layers")
+        if isinstance(vision, PreTrainedModel):
+            tower = vision
+        elif isinstance(vision, PretrainedConfig):
+            tower = AutoModel.from_config(vision)
+        else:
+            settings = AutoConfig.from_pretrained(vision)
+            settings = getattr(settings, "vision_config", settings)  # of a model with a text tower beside it
+            tower = AutoModel.from_pretrained(vision, config=settings, dtype=torch.float32)
         abstractor.encoder_hidden_size = vision_width(tower.config)
-        config = OwlConfig(vision_config=tower.config, abstractor_config=abstractor, text_config=text.config)
+        config = OwlConfig(
+            vision_config=tower.config,
+            abstractor_config=abstractor,
+            text_config=text.config,
+            adaptive_modules=list(adaptive_modules),
+        )
         owl = cls(config)
         owl.model.vision_model.load_state_dict(tower.state_dict())
-        owl.model.language_model.load_state_dict(text.base_model.state_dict())
-        owl.lm_head.load_state_dict(text.get_output_embeddings().state_dict())
+        weights = {f"model.language_model.{name}": value for name, value in text.base_model.state_dict().items()}
+        norm = "model.language_model.word_embeddings_layernorm."
+        weights = {name.replace(norm, "model.embedding_norm."): value for name, value in weights.items()}
+        for name, value in list(weights.items()):
+            for part in adaptive_modules:
+                if f".{part}." in name:
+                    del weights[name]
+                    weights |= {name.replace(f".{part}.", f".{part}.multiway.{way}."): value for way in (0, 1)}
+        weights |= {f"lm_head.{name}": value for name, value in text.get_output_embeddings().state_dict().items()}
+        missing, left_over = owl.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if name.startswith(("model.language_model.", "model.embedding", "lm_head"))]
+        if missing or left_over:
+            raise ValueError(f"{text.config.model_type} does not fit: missing {missing}, left over {left_over}")
         owl.generation_config = text.generation_config
-        return owl
+        with torch.no_grad():
+            apart = (owl.eval()(input_ids=ids).logits - wanted.logits).abs().max().item()
+        if not apart < 1e-3:
+            raise ValueError(
+                f"{text.config.model_type} does something to its logits that Owl does not: they differ by {apart:.3g}"
+            )
+        return owl.train()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -254,12 +304,35 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != -100
-            logits = self.lm_head(hidden[:, :-1][supervised]).float()  # [T, V], T supervised tokens
-            total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+            total = self.summed_loss(hidden[:, :-1][supervised], targets[supervised])
             count = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             return CausalLMOutputWithPast(loss=total / count, past_key_values=outputs.past_key_values)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, keep]), past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(logits=self.logits(hidden[:, keep]), past_key_values=outputs.past_key_values)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[…, Dt] → [… , V], scaled and capped where the language model's family does so after its head."""
+        text = self.config.text_config
+        logits = self.lm_head(hidden)
+        if text.model_type.startswith("cohere"):
+            logits = logits * text.logit_scale
+        elif text.model_type.startswith("granite"):
+            logits = logits / text.logits_scaling
+        if cap := getattr(text, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of [T, Dt] against [T], summed. Never more than LOSS_ROWS rows of logits exist at once: with
+        more, each piece is computed again in the backward pass."""
+
+        def piece(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+
+        if len(targets) <= LOSS_ROWS:
+            return piece(hidden, targets)
+        pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        return torch.stack([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces]).sum()
 
 
 AutoConfig.register("owl", OwlConfig, exist_ok=True)

@@ -4,8 +4,7 @@
 
 `OwlVisionModel` is mPLUG-Owl's ViT with the released weights' layout: one fused ``query_key_value`` whose rows
 are ordered [head, (q, k, v), head_dim] (Megatron's order), a position table of fixed length, and the last norm on
-*all* tokens. Any transformers vision backbone can take its place; `flatten_features` brings a CNN's feature map
-into the same shape.
+*all* tokens. Any transformers vision backbone can take its place; `look` brings what it gives into the same shape.
 """
 
 from __future__ import annotations
@@ -187,6 +186,16 @@ class OwlVisionModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden))
 
 
-def flatten_features(hidden: torch.Tensor) -> torch.Tensor:
-    """[N, P, D] as it is; a feature map [N, D, h, w] row by row → [N, h·w, D]."""
+def look(backbone: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[N, 3, H, W] → [N, P, Dv] by any backbone; a CNN's feature map [N, Dv, h, w] is read row by row."""
+    if backbone.config.model_type == "siglip2_vision_model":  # takes patches and their grid instead of pixels
+        side = backbone.config.patch_size
+        patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [N, 3, h, side, w, side]
+        patches = patches.permute(0, 2, 4, 3, 5, 1)
+        shape = torch.tensor(patches.shape[1:3], device=patches.device).expand(len(patches), 2)
+        patches = patches.flatten(3).flatten(1, 2)  # [N, h·w, side·side·3]
+        there = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        hidden = backbone(patches, pixel_attention_mask=there, spatial_shapes=shape).last_hidden_state
+    else:
+        hidden = backbone(pixel_values=pixel_values).last_hidden_state
     return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden

@@ -32,6 +32,32 @@ def shared() -> Path:
     return path
 
 
+GOLDEN = [
+    "v1_one_image",
+    "v1_one_image_b",
+    "v1_one_image_n005",
+    "v1_batch2",
+    "v1_text_only",
+    "v1_bloom_batch2",
+    "v1_video_4frames",
+    "v1_video_and_image",
+    "v1_video_weights_image_only",
+    "v2_one_image",
+    "v2_one_image_b",
+    "v2_one_image_n005",
+    "v2_batch2",
+    "v2_mixed_batch",
+    "v2_nocls_one_image",
+    "v2_text_only",
+]
+
+
+@pytest.fixture(params=GOLDEN)
+def golden(shared, request) -> Path:
+    """Each case of reference outputs, one after another."""
+    return shared / "golden" / request.param
+
+
 @pytest.fixture(scope="session")
 def cluster():
     ray.init(

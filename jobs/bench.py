@@ -1,0 +1,40 @@
+"""`owl bench`: what anyone can measure for themselves. One JSON line for each thing measured, on standard output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.settings import OwlError
+
+app = typer.Typer(help="Checks and measurements that anyone can repeat.", no_args_is_help=True)
+
+
+@app.callback()
+def measure() -> None:
+    """Checks and measurements that anyone can repeat."""
+
+
+@app.command()
+def parity(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Case folders: config.json, weights, io.safetensors, meta.json.")
+    ],
+) -> None:
+    """Compares the model with the authors' outputs, case by case: the largest error of each output, the errors of
+    loss, gradient norms and AdamW losses, and whether the greedy tokens agree. Status 1 if any tolerance is missed."""
+    from owl_model.parity import check
+
+    for folder in folders:
+        if not (folder / "io.safetensors").exists():
+            raise OwlError(f"no case at {folder}: it has no io.safetensors")
+    missed = False
+    for folder in folders:
+        result = check(folder)
+        missed |= not result["passed"]
+        print(json.dumps(result), flush=True)
+    if missed:
+        raise typer.Exit(1)
