@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from owl_model.modeling import OwlForConditionalGeneration
 from owl_model.processing import OwlProcessor
@@ -47,6 +47,22 @@ def generation_config(owl: OwlForConditionalGeneration, processor: OwlProcessor,
     return GenerationConfig(**{**chosen, **options})
 
 
+class StopStrings(StoppingCriteria):
+    """Ends each row once its new text holds a stop string. transformers' own fails where a tokenizer lacks letters."""
+
+    def __init__(self, stops: Sequence[str], tokenizer, prompt_length: int):
+        self.stops, self.tokenizer, self.prompt_length = stops, tokenizer, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop string in it."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+
+
 @torch.no_grad()
 def answer(
     owl: OwlForConditionalGeneration,
@@ -54,12 +70,15 @@ def answer(
     conversations: Sequence[Sequence[dict]],
     images: Sequence[Sequence],
     videos: Sequence[Sequence] | None = None,
+    stop_strings: Sequence[str] = (),
     **options,
 ) -> list[str]:
-    """One answer for each conversation, decoded in one batch. ``options`` as of `GenerationConfig`, stop strings
-    among them."""
+    """One answer for each conversation, decoded in one batch, up to the first of ``stop_strings``. ``options`` as of
+    `GenerationConfig`."""
     inputs = prompt_inputs(processor, conversations, images, videos)
+    length = inputs["input_ids"].shape[1]
+    stops = StoppingCriteriaList([StopStrings(stop_strings, processor.tokenizer, length)] if stop_strings else [])
     config = generation_config(owl, processor, **options)
-    tokens = owl.generate(**inputs, generation_config=config, tokenizer=processor.tokenizer)
-    new = tokens[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    tokens = owl.generate(**inputs, generation_config=config, stopping_criteria=stops)
+    texts = processor.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+    return [before_stop(text, stop_strings).strip() for text in texts]
