@@ -14,11 +14,19 @@ prepare_environment()
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback, and nobody types a token in a test
 
 import ray  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
 from jobs.parts import assemble, write_tiny_language_model  # noqa: E402
 from jobs.recipes import Recipe, demo_small  # noqa: E402
 from jobs.world.shards import World, write_world  # noqa: E402
-from owl_model import OwlForConditionalGeneration, OwlProcessor  # noqa: E402
+from owl_model import (  # noqa: E402
+    OwlAbstractorConfig,
+    OwlConfig,
+    OwlForConditionalGeneration,
+    OwlProcessor,
+    OwlVisionConfig,
+)
+from owl_model.conversion import OWL2_ADAPTIVE  # noqa: E402
 
 TINY_WORLD = World(pairs=120, instructions=40, texts=60, questions=6, shards=3)
 
@@ -103,3 +111,31 @@ def owl(model_folder) -> OwlForConditionalGeneration:
 @pytest.fixture
 def processor(model_folder) -> OwlProcessor:
     return OwlProcessor.from_pretrained(model_folder)
+
+
+@pytest.fixture(params=["owl1", "owl2"])
+def pair(request, processor) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
+    """Each family at a tiny size with wide random weights, so that a mistake shows: mPLUG-Owl with temporal modules,
+    and mPLUG-Owl2 with grouped-query attention, which the original could not run."""
+    torch.manual_seed(0)
+    second = request.param == "owl2"
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OwlConfig(
+        vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14, temporal=not second),
+        abstractor_config=OwlAbstractorConfig(
+            **shape, encoder_hidden_size=32, num_queries=6, grid_size=4 if second else 0, temporal=not second
+        ),
+        text_config=LlamaConfig(
+            **shape,
+            vocab_size=len(processor.tokenizer),
+            num_key_value_heads=2 if second else 4,
+            max_position_embeddings=512,
+        ),
+        adaptive_modules=OWL2_ADAPTIVE if second else (),
+    )
+    owl = OwlForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in owl.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    images = type(processor.image_processor)(56)
+    return owl, OwlProcessor.for_model(config, images, processor.tokenizer, request.param)

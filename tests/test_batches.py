@@ -2,77 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
-from PIL import Image
-from transformers import GenerationConfig, LlamaConfig
+from conversations import CONVERSATIONS, ask, picture, shown
+from transformers import GenerationConfig
 
-from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlProcessor, OwlVisionConfig
 from owl_model.answering import answer, generation_config, prompt_inputs
-from owl_model.conversion import OWL2_ADAPTIVE
-
-COLOURS = ["red", "blue", "green", "white", "black", "orange", "purple", "grey", "brown"]
-
-
-def picture(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.new("RGB", (80, 80), colour)
-    image.paste("yellow", (10, 10, 10 + len(colour) * 5, 40))
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def ask(*parts: str) -> list[dict]:
-    kinds = ("image", "video")
-    content = [{"type": part} if part in kinds else {"type": "text", "text": part} for part in parts]
-    return [{"role": "user", "content": content}]
-
-
-@pytest.fixture(params=["owl1", "owl2"])
-def pair(request, processor) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
-    """Each family at a tiny size with wide random weights, so that a mistake shows: mPLUG-Owl with temporal modules,
-    and mPLUG-Owl2 with grouped-query attention, which the original could not run."""
-    torch.manual_seed(0)
-    second = request.param == "owl2"
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = OwlConfig(
-        vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14, temporal=not second),
-        abstractor_config=OwlAbstractorConfig(
-            **shape, encoder_hidden_size=32, num_queries=6, grid_size=4 if second else 0, temporal=not second
-        ),
-        text_config=LlamaConfig(
-            **shape,
-            vocab_size=len(processor.tokenizer),
-            num_key_value_heads=2 if second else 4,
-            max_position_embeddings=512,
-        ),
-        adaptive_modules=OWL2_ADAPTIVE if second else (),
-    )
-    owl = OwlForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in owl.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    images = type(processor.image_processor)(56)
-    return owl, OwlProcessor.for_model(config, images, processor.tokenizer, request.param)
-
-
-CONVERSATIONS = [
-    (ask("what is the circle ?"), 0),
-    (ask("image", "circle ?"), 1),
-    (ask("image", "image", "red large square ?"), 2),
-    (ask("image", "is the", "image", "large", "image", "at top-left ?"), 3),
-    (ask("yes ? no ? two ? three ?"), 0),
-    ([*ask("image", "square ?"), {"role": "assistant", "content": "yes"}, *ask("what color ?")], 1),
-    ([*ask("image", "circle ?"), {"role": "assistant", "content": "no"}, *ask("image", "red ?")], 2),
-    (ask("image", "image", "image", "three ?"), 3),
-]
-
-
-def shown() -> list[list[bytes]]:
-    colours = iter(COLOURS * 2)
-    return [[picture(next(colours)) for _ in range(count)] for _, count in CONVERSATIONS]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
