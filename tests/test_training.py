@@ -113,6 +113,31 @@ def test_only_what_the_table_says_moves(owl, datasets, processor, stage, moving)
     assert any("abstractor" in name for name in moved) == ("abstractor" in moving)
 
 
+def test_a_sample_with_nothing_supervised_adds_nothing_and_is_counted(owl, datasets, processor):
+    dataset = Dataset([datasets["instructions"]])
+    feed = Feed(dataset, processor, Order(dataset.rows, 0), 4)
+    answered = feed.conversation
+    feed.conversation = lambda sample, position: [m for m in answered(sample, position) if m["role"] != "assistant"]
+    silent = feed.batch(0)
+    assert (silent.supervised, silent.unsupervised) == (0, 4)
+    model = stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
+    before = {name: value.clone() for name, value in owl.named_parameters()}
+    settings = Optimization(weight_decay=0.0)
+    metrics = train_step(model, silent, build_optimizers(model, settings), settings, 1.0)
+    assert (metrics["loss"], metrics["tokens"], metrics["unsupervised"]) == (0.0, 0.0, 4.0)
+    assert all(torch.equal(value, before[name]) for name, value in owl.named_parameters())
+
+
+def test_lora_reaches_both_copies_of_the_adaptive_module(pair):
+    owl, _ = pair
+    stages.prepare(owl, stages.STAGES["stage2"], stages.Lora(targets=["q_proj", "v_proj"]))
+    adapted = {name.partition(".lora_A")[0] for name, p in owl.named_parameters() if "lora_A" in name}
+    ways = ["v_proj.multiway.0", "v_proj.multiway.1"] if owl.config.modality_adaptive else ["v_proj"]
+    assert {name.partition("self_attn.")[2] for name in adapted} == {"q_proj", *ways}
+    with pytest.raises(OwlError, match="no linear module of the language model is called key"):
+        stages.prepare(owl, stages.STAGES["stage2"], stages.Lora(targets=["key"]))
+
+
 def test_a_loss_that_is_no_number_stops_before_the_optimizer_moves(owl, datasets, processor):
     model = stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
     with torch.no_grad():

@@ -33,6 +33,8 @@ class Batch:
     """Which samples these are."""
     supervised: int
     """Tokens that have a label; the first of a row never has one."""
+    unsupervised: int
+    """Samples without any such token: they add nothing to the loss, and are counted."""
 
 
 class Dataset:
@@ -131,11 +133,11 @@ class Feed:
                 images = [image for image in (sample["image"], *(sample["more_images"] or [])) if image]
                 pictures += [((shard, row, index), image) for index, image in enumerate(images)]
         inputs = self.processor.collate(encoded)
-        supervised = int((inputs["labels"][:, 1:] != -100).sum())
+        supervised = (inputs["labels"][:, 1:] != -100).sum(dim=1)
         if pictures:
             name = "pixel_values" if self.encode_pictures is None else "vision_features"
             inputs[name] = self.prepared(pictures)
-        return Batch(inputs, keys, supervised)
+        return Batch(inputs, keys, int(supervised.sum()), int((supervised == 0).sum()))
 
     def conversation(self, sample: dict, position: int) -> list[dict]:
         """A sample's messages; of several captions the epoch's turn decides which is told."""

@@ -60,12 +60,14 @@ def work(config: dict[str, Any]) -> None:
     )
 
     # 4. Step after step.
+    unsupervised = history[-1]["unsupervised"] if history else 0.0
     began, waited = time.monotonic(), 0.0
     asked = time.monotonic()
     for batch in feed.batches(step, settings.steps):
         waited += time.monotonic() - asked
         rate = schedule(step, settings.steps, settings.optimization.warmup)
         metrics = train_step(model, batch, optimizers, settings.optimization, rate)
+        unsupervised = metrics["unsupervised"] = unsupervised + metrics["unsupervised"]
         step += 1
         if step % settings.log_every == 0 or step == settings.steps:
             history.append({"step": step, **metrics, "wait": waited / (time.monotonic() - began)})

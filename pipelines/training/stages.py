@@ -107,12 +107,15 @@ def prepare(owl: OwlForConditionalGeneration, trains: Trains, lora: Lora) -> nn.
     owl.requires_grad_(False)
     model: nn.Module = owl
     if trains.language == "lora":
-        targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
+        targets = [  # of the modality-adaptive module, both copies
+            name
+            for name, module in owl.named_modules()
+            if isinstance(module, nn.Linear) and "language_model" in name and set(name.split(".")) & set(lora.targets)
+        ]
+        if not targets:
+            raise OwlError(f"no linear module of the language model is called {' or '.join(lora.targets)}")
         settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-        try:
-            model = get_peft_model(owl, settings)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise OwlError(f"no module of the language model is called {' or '.join(lora.targets)}: {error}") from None
+        model = get_peft_model(owl, settings)  # type: ignore[arg-type]
     for name, modules in parts_of(owl).items():
         if getattr(trains, name) == "trains":
             for module in modules:

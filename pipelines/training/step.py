@@ -79,12 +79,14 @@ def train_step(
     settings: Optimization,
     rate: float,
 ) -> dict[str, float]:
-    """Forward, backward and one move of the optimizers at ``rate`` times their peak. Returns the global loss and the
-    gradient's norm. Raises NonFinite, naming this rank's samples, before the optimizers move."""
+    """Forward, backward and one move of the optimizers at ``rate`` times their peak. Returns the global loss, the
+    gradient's norm, how many tokens were supervised, and how many samples were not at all. Raises NonFinite, naming
+    this rank's samples, before the optimizers move."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    tokens = torch.tensor(float(batch.supervised))
+    counts = torch.tensor([float(batch.supervised), float(batch.unsupervised)])
     if world > 1:
-        dist.all_reduce(tokens)
+        dist.all_reduce(counts)
+    tokens, unsupervised = counts
     # Data parallelism averages gradients over ranks: times the world, over the global count, gives the global mean.
     loss = model(**batch.inputs, num_items_in_batch=tokens.clamp(min=1) / world).loss
     loss.backward()
@@ -100,4 +102,9 @@ def train_step(
             group["lr"] = group["peak"] * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"loss": total.item(), "gradient_norm": norm.item(), "tokens": tokens.item()}
+    return {
+        "loss": total.item(),
+        "gradient_norm": norm.item(),
+        "tokens": tokens.item(),
+        "unsupervised": unsupervised.item(),
+    }
