@@ -38,3 +38,18 @@ def parity(
         print(json.dumps(result), flush=True)
     if missed:
         raise typer.Exit(1)
+
+
+@app.command()
+def model(
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads.")] = 2,
+) -> None:
+    """Training step and greedy decoding beside the plain composition of transformers' CLIP, Q-Former and LLaMA."""
+    import torch
+
+    from jobs.bench_model import measure
+
+    torch.set_num_threads(threads)
+    for result in measure(repeats):
+        print(json.dumps(result), flush=True)

@@ -257,6 +257,36 @@ def convert(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Option("--model", help="A preset (tiny, owl1_7b, owl2_7b) or a model folder.")],
+    stage: Annotated[str, typer.Option("--stage", help="language, stage1, stage2 or inference.")] = "stage2",
+    batch: Annotated[int, typer.Option("--batch", help="Samples at once on one device.")] = 1,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a sample, its pictures' included.")] = 512,
+    pictures: Annotated[int, typer.Option("--pictures", help="Pictures of a sample.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations again in the backward pass.")
+    ] = False,
+    recipe: RecipeName = "owl_7b",
+    as_json: AsJson = False,
+) -> None:
+    """Predicts the memory of a step, before anything is loaded. LoRA is the recipe's."""
+    from jobs.doctor import memory
+
+    sizes = {"batch": batch, "length": length, "pictures": pictures}
+    lora = recipe_of(recipe, None).stage2.lora
+    parts = memory(model, stage, **sizes, dtype=dtype, checkpointing=checkpointing, lora=lora)
+
+    def show() -> None:
+        table = Table("memory of one device", "GiB", box=None)
+        for name, count in parts.items():
+            table.add_row(name, f"{count / 2**30:,.2f}")
+        Console().print(table)
+
+    finish(parts, as_json, show)
+
+
+@app.command()
 def recipes(
     name: Annotated[str, typer.Argument(help="Show this recipe's settings with their help.")] = "",
 ) -> None:

@@ -146,6 +146,34 @@ class OwlConfig(PretrainedConfig):
         return self.abstractor_config.num_queries + 1
 
 
+def tiny() -> OwlConfig:
+    """A million parameters, to try things with."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return OwlConfig(
+        vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14),
+        abstractor_config=OwlAbstractorConfig(**shape, encoder_hidden_size=64, num_queries=8),
+        text_config=LlamaConfig(**shape, vocab_size=1000, max_position_embeddings=512),
+    )
+
+
+def owl1_7b() -> OwlConfig:
+    """mPLUG-Owl with LLaMA 7B, as released: 7.12 billion parameters."""
+    return OwlConfig(text_config=LlamaConfig())
+
+
+def owl2_7b() -> OwlConfig:
+    """mPLUG-Owl2 with LLaMA 2 7B, as released: 8.20 billion parameters."""
+    return OwlConfig(
+        vision_config=OwlVisionConfig(image_size=448),
+        abstractor_config=OwlAbstractorConfig(grid_size=32),
+        text_config=LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096),
+        adaptive_modules=list(conversion.OWL2_ADAPTIVE),
+    )
+
+
+PRESETS = {"tiny": tiny, "owl1_7b": owl1_7b, "owl2_7b": owl2_7b}
+
+
 def vision_width(config: PretrainedConfig) -> int:
     """Width of the last features of a vision backbone, transformer or CNN."""
     if config.model_type == "mobilenet_v2":  # its config states multipliers, not the final width
