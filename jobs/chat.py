@@ -14,6 +14,9 @@ from pipelines.settings import OwlError
 
 console = Console(highlight=False)
 
+LONGEST = 256
+"""Tokens of an answer in the terminal, at most."""
+
 
 class Partner(Protocol):
     def reply(self, messages: list[dict], pictures: list[Path]) -> Iterator[str]:
@@ -22,21 +25,26 @@ class Partner(Protocol):
 
 
 class Folder:
-    """A model folder, loaded here."""
+    """A model folder, loaded here; ``bits`` 8 or 4 quantizes its language model."""
 
-    def __init__(self, folder: str):
-        from owl_model import OwlForConditionalGeneration, OwlProcessor
+    def __init__(self, folder: str, bits: int | None = None):
+        from owl_model.answering import load
 
         if not (Path(folder) / "config.json").exists():
             raise OwlError(f"no model folder at {folder!r}: it has no config.json")
-        self.owl = OwlForConditionalGeneration.from_pretrained(folder).eval()
-        self.processor = OwlProcessor.from_pretrained(folder)
+        try:
+            self.owl, self.processor = load(folder, bits)
+        except ValueError as error:
+            raise OwlError(f"{folder}: {error}") from None
 
     def reply(self, messages: list[dict], pictures: list[Path]) -> Iterator[str]:
-        from owl_model.answering import answer
+        from owl_model.answering import stream
 
         data = [path.read_bytes() for path in pictures]
-        yield answer(self.owl, self.processor, [messages], [data], max_new_tokens=64)[0]
+        try:
+            yield from stream(self.owl, self.processor, messages, data, max_new_tokens=LONGEST)
+        except ValueError as error:
+            raise OwlError(str(error)) from None
 
 
 class Endpoint:
@@ -61,7 +69,9 @@ class Endpoint:
             {**m, "content": m["content"] if isinstance(m["content"], str) else [part(item) for item in m["content"]]}
             for m in messages
         ]
-        for piece in self.client.chat.completions.create(model=self.model, messages=sent, max_tokens=64, stream=True):
+        for piece in self.client.chat.completions.create(
+            model=self.model, messages=sent, max_tokens=LONGEST, stream=True
+        ):
             if piece.choices:
                 yield piece.choices[0].delta.content or ""
 
@@ -82,8 +92,11 @@ def talk(partner: Partner, images: list[Path], question: str) -> None:
         except EOFError:
             return
         if text.startswith("/image "):
-            shown.append(existing(Path(text.removeprefix("/image ").strip())))
-            waiting += 1
+            try:
+                shown.append(existing(Path(text.removeprefix("/image ").strip())))
+                waiting += 1
+            except OwlError as error:
+                console.print(error, markup=False)
             continue
         if text == "/new":
             messages, shown, waiting = [], [], 0
@@ -94,6 +107,7 @@ def talk(partner: Partner, images: list[Path], question: str) -> None:
         waiting, said = 0, ""
         console.print("[bold]owl[/bold] ", end="")
         for piece in partner.reply(messages, shown):
+            piece = piece if said else piece.lstrip()
             said += piece
             console.print(piece, end="", markup=False)
         console.print()

@@ -214,13 +214,14 @@ def chat(
         list[Path] | None, typer.Option("--image", help="A picture to begin with. May be repeated.")
     ] = None,
     question: Annotated[str, typer.Option("--question", "-q", help="Ask this one thing and end.")] = "",
+    bits: Annotated[int | None, typer.Option("--bits", help="8 or 4: quantizes the folder's language model.")] = None,
 ) -> None:
     """Talk to a model folder or an endpoint. In the conversation: /image PATH adds a picture, /new starts afresh."""
     from jobs.chat import Endpoint, Folder, talk
 
     if bool(model) == bool(url):
         raise OwlError("name either a model folder or --url, not both")
-    talk(Endpoint(url) if url else Folder(model), image or [], question)
+    talk(Endpoint(url) if url else Folder(model, bits), image or [], question)
 
 
 @app.command()

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.utils import is_bitsandbytes_available
 
 from owl_model.modeling import OwlForConditionalGeneration
 from owl_model.processing import OwlProcessor
@@ -82,3 +91,52 @@ def answer(
     tokens = owl.generate(**inputs, generation_config=config, stopping_criteria=stops)
     texts = processor.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
     return [before_stop(text, stop_strings).strip() for text in texts]
+
+
+@torch.no_grad()
+def stream(
+    owl: OwlForConditionalGeneration,
+    processor: OwlProcessor,
+    conversation: Sequence[dict],
+    images: Sequence,
+    videos: Sequence[Sequence] = (),
+    **options,
+) -> Iterator[str]:
+    """One conversation's answer in pieces, as it is made."""
+    inputs = prompt_inputs(processor, [conversation], [images], [videos])
+    inputs = {name: value.to(owl.device) for name, value in inputs.items()}
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    config = generation_config(owl, processor, **options)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            owl.generate(**inputs, generation_config=config, streamer=streamer)
+        except BaseException as error:  # told to the reader below, who else would wait for ever
+            failed.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def load(folder: str, bits: int | None = None) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
+    """A model folder, ready to answer on the GPU if there is one. ``bits`` 8 or 4 quantizes the language model's
+    matrices as it is read (bitsandbytes); vision encoder, abstractor and head stay as they are."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict = {"device_map": device}
+    if bits is not None:
+        if bits not in (4, 8):
+            raise ValueError(f"{bits} bits: the language model can be read in 8 or 4")
+        if not is_bitsandbytes_available():
+            raise ValueError("reading in 8 or 4 bits needs bitsandbytes: pip install 'owl-vlm[quantized]'")
+        whole = ["model.vision_model", "model.abstractor", "lm_head"]
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it tells of every cast of every layer
+        chosen = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options["quantization_config"] = BitsAndBytesConfig(**chosen, llm_int8_skip_modules=whole)
+    owl = OwlForConditionalGeneration.from_pretrained(folder, **options).eval()
+    return owl, OwlProcessor.from_pretrained(folder)

@@ -231,3 +231,16 @@ def test_bfloat16_keeps_its_norms_in_fp32_and_its_answers_close(pair):
     assert rough.dtype == torch.bfloat16
     similarity = torch.nn.functional.cosine_similarity(exact, rough.float())
     assert similarity.item() > 0.99
+
+
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+def test_every_attention_gives_what_plain_attention_gives(pair, attention):
+    owl, processor = pair
+    inputs = prompt_inputs(processor, [CONVERSATIONS[i][0] for i in (0, 3)], [shown()[i] for i in (0, 3)])
+    there = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        owl.set_attn_implementation("eager")
+        wanted = owl(**inputs).logits[there]
+        owl.set_attn_implementation(attention)
+        found = owl(**inputs).logits[there]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)

@@ -8,6 +8,7 @@ stage2     frozen   trains       LoRA             yes       mPLUG-Owl section 3.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,7 +116,9 @@ def prepare(owl: OwlForConditionalGeneration, trains: Trains, lora: Lora) -> nn.
         if not targets:
             raise OwlError(f"no linear module of the language model is called {' or '.join(lora.targets)}")
         settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-        model = get_peft_model(owl, settings)  # type: ignore[arg-type]
+        with warnings.catch_warnings():  # peft asks transformers by a name that the latter is about to change
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            model = get_peft_model(owl, settings)  # type: ignore[arg-type]
     for name, modules in parts_of(owl).items():
         if getattr(trains, name) == "trains":
             for module in modules:
