@@ -19,7 +19,8 @@ from owl_model import (
     OwlVisionConfig,
 )
 from owl_model.chat import TEMPLATES
-from owl_model.conversion import OWL2_ADAPTIVE, vision_from_clip, write_official
+from owl_model.conversion import vision_from_clip, write_official
+from owl_model.official import OWL2_ADAPTIVE
 from pipelines.settings import OwlError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from owl_model import conversion
+from owl_model import official
 
 
 class OwlVisionConfig(PretrainedConfig):
@@ -132,9 +132,9 @@ class OwlConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, folder, **kwargs):
-        """As of transformers; a configuration of the authors' is translated (owl_model/conversion.py)."""
+        """As of transformers; a configuration of the authors' is translated (owl_model/official.py)."""
         values, rest = super().get_config_dict(folder, **kwargs)
-        return conversion.config_from_official(values, folder), rest
+        return official.config_from_official(values, folder), rest
 
     @property
     def modality_adaptive(self) -> bool:
@@ -167,7 +167,7 @@ def owl2_7b() -> OwlConfig:
         vision_config=OwlVisionConfig(image_size=448),
         abstractor_config=OwlAbstractorConfig(grid_size=32),
         text_config=LlamaConfig(rms_norm_eps=1e-5, max_position_embeddings=4096),
-        adaptive_modules=list(conversion.OWL2_ADAPTIVE),
+        adaptive_modules=list(official.OWL2_ADAPTIVE),
     )
 
 

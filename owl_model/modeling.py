@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from owl_model import conversion
+from owl_model import official
 from owl_model.abstractor import OwlAbstractor
 from owl_model.adaptive import make_adaptive, sort_rows
 from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig, vision_width
@@ -176,7 +176,7 @@ BIASED_HEADS = ("codegen", "gptj", "phi")
 
 
 class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
-    """An Owl with its head. ``from_pretrained`` also opens the authors' folders (owl_model/conversion.py)."""
+    """An Owl with its head. ``from_pretrained`` also opens the authors' folders (owl_model/official.py)."""
 
     def __init__(self, config: OwlConfig):
         super().__init__(config)
@@ -193,10 +193,10 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         """As of transformers; a folder of the authors' (mplug-owl, mplug_owl2) is read under their names, LoRA merged
         where it is not."""
         config = kwargs.pop("config", None) or OwlConfig.from_pretrained(folder)
-        if theirs := conversion.family(config):
-            if weights := conversion.rewritten(folder, theirs):
+        if theirs := official.family(config.official):
+            if weights := official.rewritten(folder, theirs):
                 return super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
-            kwargs["key_mapping"] = {**conversion.patterns(theirs), **kwargs.get("key_mapping", {})}
+            kwargs["key_mapping"] = {**official.patterns(theirs), **kwargs.get("key_mapping", {})}
         return super().from_pretrained(folder, *args, config=config, **kwargs)
 
     def save_pretrained(self, folder, **kwargs):

@@ -26,7 +26,7 @@ from owl_model import (  # noqa: E402
     OwlProcessor,
     OwlVisionConfig,
 )
-from owl_model.conversion import OWL2_ADAPTIVE  # noqa: E402
+from owl_model.official import OWL2_ADAPTIVE  # noqa: E402
 
 TINY_WORLD = World(pairs=120, instructions=40, texts=60, questions=6, shards=3)
 

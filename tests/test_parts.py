@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from owl_model import OwlAbstractorConfig, OwlForConditionalGeneration
-from owl_model.conversion import OWL2_ADAPTIVE
+from owl_model.official import OWL2_ADAPTIVE
 from owl_model.vision import look
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
