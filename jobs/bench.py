@@ -53,3 +53,21 @@ def model(
     torch.set_num_threads(threads)
     for result in measure(repeats):
         print(json.dumps(result), flush=True)
+
+
+@app.command()
+def curation(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the raw shards that are made, and for results.")],
+    ways: Annotated[
+        list[str] | None, typer.Option("--way", help="One of the ways to measure; without it, all that are installed.")
+    ] = None,
+    sizes: Annotated[tuple[int, int], typer.Option("--sizes", help="Pictures of the two inputs.")] = (2000, 8000),
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
+) -> None:
+    """CPU, time and memory of curation beside a bare loop of the same decoding, Ray Data, webdataset and Daft."""
+    from jobs.bench_curation import WAYS, measure
+
+    if unknown := set(ways or []) - set(WAYS):
+        raise OwlError(f"unknown way {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
+    for result in measure(str(folder), ways or list(WAYS), sizes, repeats):
+        print(json.dumps(result), flush=True)

@@ -77,10 +77,14 @@ def write_text(path: str, text: str) -> None:
         file.write(text.encode())
 
 
-def write_arrow(path: str, table: pa.Table, rows_per_batch: int = 256) -> None:
-    """An Arrow IPC file of small record batches, so that a reader can open any few rows of it."""
+BATCH_ROWS = 256
+"""Rows of a record batch: few, so that a reader can open any few rows of a file."""
+
+
+def write_arrow(path: str, table: pa.Table) -> None:
+    """An Arrow IPC file of small record batches."""
     with open_write(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=rows_per_batch)
+        writer.write_table(table, max_chunksize=BATCH_ROWS)
 
 
 def open_arrow(path: str) -> pa.ipc.RecordBatchFileReader:

@@ -1,33 +1,29 @@
 """Raw image-caption shards → a curated Arrow dataset, on Ray Data.
 
-A raw shard is the unit of work and of resume: one row = one block = one shard, all the way to the sink. Stages mark
-rows and never drop them; the sink writes the fit rows as Arrow, every row into the ledger, and a marker last. A
-rerun takes the work list minus the markers. Pictures never pass between tasks: reading, judging and writing of a
-shard are fused into one.
+A raw shard is the unit of work and of resume. One task reads it sample by sample, judges each, writes the fit ones as
+Arrow while it goes, every one into the ledger, and a marker last; so no picture ever passes between tasks, and a rerun
+takes the work list minus the markers. What Ray Data moves are the shards' names, and what became of them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import Datasink
 
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.decode import judge
+from pipelines.curation.decode import Pictures, judge
 from pipelines.curation.dedup import Deduplication, find_duplicates
 from pipelines.curation.filters import Limits
 from pipelines.curation.report import write_report
-from pipelines.curation.sources import RawSample, UnreadableShard, find_shards, read_shard
+from pipelines.curation.sources import UnreadableShard, find_shards, read_shard
 from pipelines.progress import progress
-from pipelines.records import CURATED, LEDGER
 from pipelines.settings import OwlError, Settings, differences
 
 log = logging.getLogger(__name__)
@@ -38,8 +34,8 @@ class Curation(Settings):
 
     limits: Limits = Limits()
     """Thresholds of the caption and picture filters."""
-    short_side: int | None = None
-    """Shorter side of stored pictures, in pixels; none is enlarged. None keeps the bytes as they are."""
+    pictures: Pictures = Pictures()
+    """What is stored of a picture."""
     deduplication: Deduplication | None = Deduplication()
     """How duplicates are found; None keeps them."""
     max_error_rate: float = 0.2
@@ -84,86 +80,48 @@ def curate(raw: list[str], output: str, settings: Curation) -> dict:
 def judge_and_write(todo: dict[str, str], total: int, output: str, settings: Curation) -> list[str]:
     """Runs the Ray Data job over the raw shards in ``todo``; returns what is wrong with those that are unreadable."""
     context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None  # a shard stays one block, whatever its size
     context.enable_progress_bars = False  # ours counts shards and samples
     work = [{"shard": shard, "path": path} for shard, path in todo.items()]
+    tasks = min(len(work), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1))))
     with progress("curate", total, "shards", done=total - len(todo)) as counter:
-        sink = ShardSink(output, todo, counter)
-        (
-            ray.data.from_items(work, override_num_blocks=len(work))
-            .map_batches(read_raw, batch_size=1, batch_format="pyarrow")
-            .map_batches(
-                judge_rows,
-                batch_size=None,
-                batch_format="pyarrow",
-                fn_kwargs={"limits": settings.limits.model_dump(), "short_side": settings.short_side},
-            )
-            .write_datasink(sink)
+        given = {"output": output, "settings": settings.model_dump(), "counter": counter}
+        written = ray.data.from_items(work, override_num_blocks=tasks).map_batches(
+            curate_shards, batch_size=None, batch_format="pyarrow", fn_kwargs=given
         )
-    return sink.unreadable
+        return [row["unreadable"] for row in written.iter_rows() if row["unreadable"] is not None]
 
 
-RAW = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("images", pa.list_(pa.large_binary())),
-        ("captions", pa.list_(pa.string())),
-        ("messages", CURATED.field("messages").type),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
-JUDGED = pa.schema([("shard", pa.string()), *CURATED, *(f for f in LEDGER if f.name not in CURATED.names)])
+TASKS_PER_CPU = 64
+"""Raw shards are spread over this many tasks for each CPU: enough to share the work evenly, few enough that tiny
+shards do not spend their time in scheduling."""
 
 
-def read_raw(work: pa.Table) -> Iterator[pa.Table]:
-    """One raw shard → its samples as rows. A file that is no shard becomes one row whose reason says so."""
+def curate_shards(work: pa.Table, output: str, settings: dict, counter: ray.actor.ActorHandle) -> pa.Table:
+    """Curates some raw shards, one after another; those with a marker were done by an earlier try of this task."""
+    rules = Curation(**settings)
+    unreadable: list[str | None] = []
     for item in work.to_pylist():
+        shard = item["shard"]
+        if storage.exists(f"{output}/markers/{shard}.json"):
+            continue
         try:
-            rows = [asdict(sample) for sample in read_shard(item["path"])]
-            if not rows:
-                raise UnreadableShard(f"raw shard {item['path']} holds no sample")
+            marker = ledger.write_shard(output, shard, item["path"], judged(item["path"], rules))
         except UnreadableShard as error:
-            rows = [asdict(RawSample("", item["path"], reason="shard_unreadable", detail=str(error)))]
-        table = pa.Table.from_pylist(rows, schema=pa.schema([field for field in RAW if field.name != "shard"]))
-        yield table.add_column(0, "shard", pa.array([item["shard"]] * len(table), pa.string()))
+            unreadable.append(str(error))
+            continue
+        counter.advance.remote(1, f"{marker['kept']} of {marker['in']} kept in {shard}")
+    return pa.table({"unreadable": pa.array(unreadable, pa.string())})
 
 
-def judge_rows(table: pa.Table, limits: dict, short_side: int | None) -> pa.Table:
-    """Every sample of a shard with its verdict and statistics; none is dropped here."""
-    shards = table["shard"].to_pylist()
-    samples = [RawSample(**row) for row in table.drop_columns(["shard"]).to_pylist()]
-    rows = [judge(sample, Limits(**limits), short_side) for sample in samples]
-    return pa.Table.from_pylist([{"shard": s, **row} for s, row in zip(shards, rows, strict=True)], schema=JUDGED)
-
-
-class ShardSink(Datasink):
-    """Writes each shard's Arrow, ledger and marker from the one block that holds it."""
-
-    def __init__(self, output: str, raw: dict[str, str], counter: ray.actor.ActorHandle):
-        self.output = output
-        self.raw = raw
-        self.counter = counter
-        self.unreadable: list[str] = []
-
-    def write(self, blocks: Iterable[pa.Table], ctx) -> list[str]:
-        unreadable = []
-        for block in blocks:
-            rows = block.to_pylist()
-            if not rows:
-                continue
-            if rows[0]["reason"] == "shard_unreadable":
-                unreadable.append(rows[0]["detail"])
-                continue
-            shard = rows[0]["shard"]
-            marker = ledger.write_shard(self.output, shard, self.raw[shard], rows)
-            self.counter.advance.remote(1, f"{marker['kept']} of {marker['in']} kept in {shard}")
-        return unreadable
-
-    def on_write_complete(self, write_result) -> None:
-        self.unreadable = [detail for details in write_result.write_returns for detail in details]
+def judged(path: str, rules: Curation) -> Iterator[dict]:
+    """Every sample of a raw shard with its verdict and statistics. Raises UnreadableShard where there is none."""
+    hashed = rules.deduplication is not None
+    empty = True
+    for sample in read_shard(path):
+        empty = False
+        yield judge(sample, rules.limits, rules.pictures, hashed)
+    if empty:
+        raise UnreadableShard(f"raw shard {path} holds no sample")
 
 
 def settle_duplicates(output: str, shards: list[str], settings: Curation) -> list[dict]:

@@ -1,15 +1,21 @@
 """One raw sample → the verdict on it, its statistics and its stored form. Cheap checks come first.
 
 captions → header (size, format, bombs) → pixels → hashes → stored bytes
+
+JPEGs are decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of their size where that leaves ``margin`` times the pixels
+needed, and resized by torch's antialiased bicubic; everything else, and what libjpeg-turbo finds fault with, by Pillow.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from owl_model.chat import parts_of
@@ -17,22 +23,39 @@ from owl_model.images import ImageError, decode, open_header
 from pipelines.curation.filters import Limits, caption_stats, judge_caption, judge_size
 from pipelines.curation.sources import RawSample
 from pipelines.records import images_in
+from pipelines.settings import Settings
 
 THUMBNAIL = 16
+HASHED_SIDE = 128
+"""A picture that is kept as it is needs no more pixels than this on its shorter side, for its hashes."""
 COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]).astype(np.float32)  # the DCT's first rows
+ORIENTATION = 0x0112
 
 
-def judge(sample: RawSample, limits: Limits, short_side: int | None) -> dict:
-    """A row with the columns of both CURATED and LEDGER: ``reason`` is None where the sample is fit."""
+class Pictures(Settings):
+    """What is stored of a picture."""
+
+    short_side: int | None = None
+    """Shorter side of stored pictures, in pixels; none is enlarged. None keeps the bytes as they are."""
+    encoding: Literal["JPEG", "WEBP"] = "JPEG"
+    """Format of pictures that were resized."""
+    quality: int = 90
+    """Quality of that format, 1 to 100."""
+    margin: float = 3.0
+    """A JPEG is decoded at a fraction of its size only if that leaves this many times the short side."""
+
+
+def judge(sample: RawSample, limits: Limits, pictures: Pictures, hashed: bool) -> dict:
+    """A row with the columns of both CURATED and LEDGER: ``reason`` is None where the sample is fit. ``hashed`` asks
+    for the perceptual hash and the thumbnail, by which near duplicates are found."""
     row: dict = {"key": sample.key, "source": sample.source, "reason": sample.reason, "detail": sample.detail}
     if row["reason"] is None:
         row["reason"] = judge_words(sample, limits, row)
     if row["reason"] is None and sample.images:
         try:
-            stored = [
-                judge_image(data, limits, short_side, row if i == 0 else {}) for i, data in enumerate(sample.images)
-            ]
-            row["image"], row["more_images"] = stored[0], stored[1:] or None
+            first = judge_image(sample.images[0], limits, pictures, hashed, row)
+            more = [judge_image(data, limits, pictures, False, {}) for data in sample.images[1:]]
+            row["image"], row["more_images"] = first, more or None
         except ImageError as error:
             row["reason"], row["detail"] = error.reason, str(error)
     return row
@@ -70,23 +93,78 @@ def judge_messages(sample: RawSample, row: dict) -> str | None:
     return None
 
 
-def judge_image(data: bytes, limits: Limits, short_side: int | None, row: dict) -> bytes:
+def judge_image(data: bytes, limits: Limits, pictures: Pictures, hashed: bool, row: dict) -> bytes:
     """Stored bytes of a fit picture; fills the picture's statistics in ``row``. Raises ImageError otherwise."""
     row["bytes"], row["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     header = open_header(data, limits.max_pixels)
     row["format"], row["width"], row["height"] = header.format, header.width, header.height
     if reason := judge_size(header.width, header.height, limits):
         raise ImageError(reason, f"{header.width}×{header.height}")
-    image = decode(header)
-    row["phash"], row["thumbnail"] = perceptual_hash(image), thumbnail(image)
-    if short_side is None or min(image.size) <= short_side:
-        row["width"], row["height"] = image.size
+    wanted = pictures.short_side or HASHED_SIDE
+    pixels = decode_jpeg(data, header, wanted * pictures.margin) if header.format == "JPEG" else None
+    if pixels is None:
+        pixels = np.asarray(decode(header))
+    as_it_is = pictures.short_side is None or min(row["width"], row["height"]) <= pictures.short_side
+    if not as_it_is:
+        pixels = shrink(pixels, row["width"], row["height"], pictures.short_side or 0)
+    if hashed:
+        image = Image.fromarray(pixels)
+        row["phash"], row["thumbnail"] = perceptual_hash(image), thumbnail(image)
+    if as_it_is:
+        if pixels.shape[0] > pixels.shape[1] and header.width > header.height:  # turned upright by its EXIF tag
+            row["width"], row["height"] = header.height, header.width
         return data
-    scale = short_side / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    row["width"], row["height"] = image.size
+    row["height"], row["width"] = pixels.shape[:2]
+    return encode(pixels, pictures)
+
+
+def decode_jpeg(data: bytes, header: Image.Image, needed: float) -> np.ndarray | None:
+    """[H, W, 3] upright pixels, their shorter side at least ``needed`` where the picture's own is. None where Pillow
+    must look: another colour space than grey or YCbCr, or anything that libjpeg-turbo objects to."""
+    if header.mode not in ("RGB", "L"):
+        return None
+    factor = next((f for f in (8, 4, 2) if min(header.size) / f >= needed), 1)
+    smallest = (
+        {"min_width": -(-header.width // factor), "min_height": -(-header.height // factor)} if factor > 1 else {}
+    )
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **smallest)
+    except ValueError:
+        return None
+    turn = header.getexif().get(ORIENTATION, 1) if "exif" in header.info else 1
+    return TURNS[turn](pixels) if turn in TURNS else pixels
+
+
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
+"""What an EXIF orientation asks for, as `PIL.ImageOps.exif_transpose` does it."""
+
+
+def shrink(pixels: np.ndarray, width: int, height: int, short_side: int) -> np.ndarray:
+    """[H, W, 3] → the size that a picture of ``width`` × ``height`` (before it was turned) has at ``short_side``."""
+    import torch  # a second of every worker, which those that keep pictures as they are need not spend
+
+    if (pixels.shape[0] > pixels.shape[1]) != (height > width):
+        width, height = height, width
+    scale = short_side / min(width, height)
+    size = (round(height * scale), round(width * scale))
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    small = torch.nn.functional.interpolate(planes, size=size, mode="bicubic", antialias=True)
+    return small[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def encode(pixels: np.ndarray, pictures: Pictures) -> bytes:
+    if pictures.encoding == "JPEG":
+        return simplejpeg.encode_jpeg(pixels, pictures.quality, "RGB", "420")
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
+    Image.fromarray(pixels).save(buffer, pictures.encoding, quality=pictures.quality)
     return buffer.getvalue()
 
 

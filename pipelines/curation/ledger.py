@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -28,17 +29,27 @@ def finished(output: str) -> set[str]:
     return {storage.name_of(path).removesuffix(".json") for path in storage.listing(f"{output}/markers", ".json")}
 
 
-def write_shard(output: str, shard: str, raw: str, rows: list[dict]) -> dict:
-    """Writes a raw shard's curated Arrow and its ledger, then the marker. Returns the marker."""
-    kept = [row for row in rows if row["reason"] is None]
-    for number, row in enumerate(kept):
-        row["row"] = number
-    for row in rows:
-        row["verdict"] = "kept" if row["reason"] is None else "dropped"
-    curated = pa.Table.from_pylist(kept, schema=CURATED)
-    storage.write_arrow(f"{output}/shards/{shard}.arrow", curated)
-    write_ledger(output, shard, pa.Table.from_pylist(rows, schema=LEDGER))
-    marker = {"shard": shard, "raw": raw, "in": len(rows), **counts([row["reason"] for row in rows])}
+def write_shard(output: str, shard: str, raw: str, rows: Iterable[dict]) -> dict:
+    """Writes a raw shard's curated Arrow as its rows come, then its ledger, then the marker. Returns the marker. Only
+    one record batch of pictures is held at a time."""
+    books: list[dict] = []
+    kept: list[dict] = []
+    number = 0
+    with storage.open_write(f"{output}/shards/{shard}.arrow") as file, pa.ipc.new_file(file, CURATED) as writer:
+        for row in rows:
+            row["verdict"] = "dropped"
+            if row["reason"] is None:
+                row["verdict"], row["row"] = "kept", number
+                number += 1
+                kept.append(row)
+            books.append({name: row.get(name) for name in LEDGER.names})
+            if len(kept) == storage.BATCH_ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
+                kept.clear()
+        if kept:
+            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
+    write_ledger(output, shard, pa.Table.from_pylist(books, schema=LEDGER))
+    marker = {"shard": shard, "raw": raw, "in": len(books), **counts([row["reason"] for row in books])}
     storage.write_json(f"{output}/markers/{shard}.json", marker)
     return marker
 

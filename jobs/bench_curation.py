@@ -1,0 +1,109 @@
+"""What curation costs beside other ways to do the same work: read tars of JPEGs, drop the unfit, store at 224 px.
+
+Every way runs as a process of its own, with all it starts; CPU seconds and memory are summed over that tree. Two sizes
+of input are measured, and the steady cost of a picture is the difference: what a job of any size starts with (Ray's
+processes, imports) is told apart, not hidden.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import psutil
+
+from jobs.bench_curation_set import write_set
+
+SAME = ["--set", "deduplication=null", "--set", "pictures.short_side=224", "--set", "limits.min_side=128"]
+SAME += ["--set", "limits.min_words=3"]
+
+WAYS: dict[str, list[str]] = {
+    "bare loop": ["-m", "jobs.bench_rivals", "bare"],
+    "owl, same work": ["-m", "jobs.cli", "curate", *SAME],
+    "owl, default": ["-m", "jobs.cli", "curate", "--set", "pictures.short_side=224"],
+    "ray data": ["-m", "jobs.bench_rivals", "ray_data"],
+    "webdataset": ["-m", "jobs.bench_rivals", "webdataset"],
+    "daft": ["-m", "jobs.bench_rivals", "daft"],
+}
+"""Each is given the raw folder and `--out FOLDER`."""
+
+
+class Cost(NamedTuple):
+    seconds: float
+    cpu: float
+    memory: int
+
+
+def run(command: list[str]) -> Cost:
+    """Wall seconds, CPU seconds and peak resident bytes of a process and all that it started. Raises RuntimeError with
+    what it said, if it failed."""
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stderr or []), daemon=True)
+    reader.start()
+    used: dict[tuple[int, float], float] = {}
+    peak = 0
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        peak = max(peak, look(root, used))
+        time.sleep(0.05)
+    reader.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {''.join(said[-5:])}")
+    return Cost(time.monotonic() - began, sum(used.values()), peak)
+
+
+def look(root: psutil.Process, used: dict[tuple[int, float], float]) -> int:
+    """Notes the CPU seconds of every process under ``root``; returns their resident bytes, shared pages once."""
+    memory = 0
+    try:
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in family:
+        try:
+            with process.oneshot():
+                times = process.cpu_times()
+                used[process.pid, process.create_time()] = times.user + times.system
+                info = process.memory_info()
+                memory += info.rss - info.shared
+        except psutil.NoSuchProcess:
+            continue
+    return memory
+
+
+def measure(folder: str, ways: list[str], sizes: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
+    """Medians over ``repeats`` turns: {"way", "cpu_ms_a_picture", "start_cpu_s", "pictures_a_second", "peak_mb", …}."""
+    raw = {size: f"{folder}/web-{size}" for size in sizes}
+    for size in sizes:
+        if not Path(raw[size]).exists():
+            write_set(raw[size], size)
+    small, large = sizes
+    costs: dict[tuple[str, int], list[Cost]] = {}
+    for _ in range(repeats):
+        for way in ways:
+            for size in sizes:
+                with TemporaryDirectory(dir=folder) as out:
+                    cost = run([*WAYS[way], raw[size], "--out", f"{out}/out"])
+                costs.setdefault((way, size), []).append(cost)
+    for way in ways:
+        first, second = costs[way, small], costs[way, large]
+        cpu = statistics.median(b.cpu - a.cpu for a, b in zip(first, second, strict=True)) / (large - small)
+        wall = statistics.median(b.seconds - a.seconds for a, b in zip(first, second, strict=True)) / (large - small)
+        yield {
+            "way": way,
+            "cpu_ms_a_picture": round(1e3 * cpu, 3),
+            "pictures_a_second": round(1 / wall, 1),
+            "start_cpu_s": round(statistics.median(cost.cpu for cost in first) - cpu * small, 1),
+            "cpu_s": [round(statistics.median(cost.cpu for cost in each), 1) for each in (first, second)],
+            "wall_s": [round(statistics.median(cost.seconds for cost in each), 1) for each in (first, second)],
+            "peak_mb": round(max(cost.memory for cost in second) / 2**20),
+        }
