@@ -12,8 +12,7 @@ from pipelines.curation.filters import Limits
 from pipelines.evaluation.evaluate import Evaluation
 from pipelines.serving.serve import Serving
 from pipelines.settings import SettingError, Settings, refuse_unknown
-from pipelines.training.stages import Lora, Stage
-from pipelines.training.step import Optimization
+from pipelines.training.stages import Lora, Optimization, Stage
 
 
 class Parts(Settings):

@@ -29,6 +29,7 @@ THUMBNAIL = 16
 HASHED_SIDE = 128
 """A picture that is kept as it is needs no more pixels than this on its shorter side, for its hashes."""
 COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]).astype(np.float32)  # the DCT's first rows
+GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue (ITU-R BT.601)
 ORIENTATION = 0x0112
 
 
@@ -41,7 +42,7 @@ class Pictures(Settings):
     """Format of pictures that were resized."""
     quality: int = 90
     """Quality of that format, 1 to 100."""
-    margin: float = 3.0
+    margin: float = 4.0
     """A JPEG is decoded at a fraction of its size only if that leaves this many times the short side."""
 
 
@@ -108,8 +109,7 @@ def judge_image(data: bytes, limits: Limits, pictures: Pictures, hashed: bool, r
     if not as_it_is:
         pixels = shrink(pixels, row["width"], row["height"], pictures.short_side or 0)
     if hashed:
-        image = Image.fromarray(pixels)
-        row["phash"], row["thumbnail"] = perceptual_hash(image), thumbnail(image)
+        row["phash"], row["thumbnail"] = fingerprints(Image.fromarray(pixels))
     if as_it_is:
         if pixels.shape[0] > pixels.shape[1] and header.width > header.height:  # turned upright by its EXIF tag
             row["width"], row["height"] = header.height, header.width
@@ -168,16 +168,14 @@ def encode(pixels: np.ndarray, pictures: Pictures) -> bytes:
     return buffer.getvalue()
 
 
-def perceptual_hash(image: Image.Image) -> str:
-    """64-bit pHash as 16 hex digits: the signs of the 8×8 lowest frequencies of a 32×32 grey picture, around their
-    median (Zauner 2010, section 3.2.1). Bilinear, because a box's hard edge moves with the picture's size: it made
-    copies differ three times as much (docs/log.md)."""
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32)
+def fingerprints(image: Image.Image) -> tuple[str, bytes]:
+    """The two marks by which near duplicates are found, both read from one 32×32 copy: the 64-bit pHash as 16 hex
+    digits, the signs of the 8×8 lowest frequencies in grey around their median (Zauner 2010, section 3.2.1), and a
+    16×16 RGB thumbnail of 768 bytes, which tells a re-encoded picture from another of like shapes. Bilinear, because a
+    box's hard edge moves with the picture's size: it made copies differ three times as much (docs/log.md)."""
+    small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    grey = np.asarray(small, dtype=np.float32) @ GREY
     low = (COSINES @ grey @ COSINES.T).flatten()
     bits = low > np.median(low[1:])
-    return np.packbits(bits).tobytes().hex()
-
-
-def thumbnail(image: Image.Image) -> bytes:
-    """16×16 RGB, 768 bytes: tells a re-encoded picture from another of like shapes."""
-    return image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR).tobytes()
+    thumbnail = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR).tobytes()
+    return np.packbits(bits).tobytes().hex(), thumbnail

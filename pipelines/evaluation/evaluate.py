@@ -15,11 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-import torch
 from ray.data import Datasink
 
-from owl_model import OwlForConditionalGeneration, OwlProcessor
-from owl_model.answering import answer
 from pipelines import storage
 from pipelines.evaluation.benchmarks import BENCHMARKS
 from pipelines.evaluation.metrics import Question, bootstrap_interval
@@ -139,12 +136,15 @@ class Answerer:
     """Holds the model in an actor and answers parts."""
 
     def __init__(self, model: str, benchmark: str, settings: dict):
+        import torch  # only actors need it and the model; the driver would wait seconds for them
+
+        from owl_model.answering import answer, load
+
         self.settings = Evaluation.model_validate(settings)
         self.score = BENCHMARKS[benchmark].score
+        self.reply = answer
         torch.set_num_threads(max(1, int(self.settings.cpus_per_actor)))
-        device = "cuda" if self.settings.gpus_per_actor else "cpu"
-        self.owl = OwlForConditionalGeneration.from_pretrained(model).eval().to(device)
-        self.processor = OwlProcessor.from_pretrained(model)
+        self.owl, self.processor = load(model)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         rows: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ class Answerer:
         messages = [plain(item["messages"]) for item in items]
         pictures = [[read(path) for path in item["pictures"]] for item in items]
         options = {"max_new_tokens": self.settings.max_new_tokens}
-        texts = answer(self.owl, self.processor, messages, pictures, **options)
+        texts = self.reply(self.owl, self.processor, messages, pictures, **options)
         return [
             {
                 "id": item["id"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -79,3 +80,34 @@ def chunk(request_id: str, model: str, delta: dict, finish: str | None = None) -
 
 def error(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+async def chained(first: dict, rest: AsyncIterator[dict]) -> AsyncIterator[dict]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+async def until_stop(pieces, stops: list[str]) -> AsyncIterator[dict]:
+    """Cuts the text at the first stop string. Holds back as many characters as a stop string may still begin in."""
+    held, hidden = "", max((len(stop) for stop in stops), default=1) - 1
+    stopped = False
+    async for piece in pieces:
+        if "text" not in piece:
+            if held and not stopped:
+                yield {"text": held}
+            yield {**piece, "finish": "stop"} if stopped else piece
+            return
+        if stopped:
+            continue
+        held += piece["text"]
+        cut = min((held.index(stop) for stop in stops if stop in held), default=None)
+        if cut is not None:
+            stopped, held = True, held[:cut]
+            if held:
+                yield {"text": held}
+            held = ""
+        elif len(held) > hidden:
+            ready = len(held) - hidden
+            yield {"text": held[:ready]}
+            held = held[ready:]

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines import storage
 from pipelines.serving import api
-from pipelines.serving.engine import Engine, chained, until_stop
+from pipelines.serving.api import chained, until_stop
 from pipelines.serving.media import MediaError, split_media
 from pipelines.settings import OwlError, Settings
 
@@ -58,6 +58,8 @@ def build(model: str, settings: Serving) -> serve.Application:
     """The Serve application. Raises OwlError where there is no model folder."""
     if not storage.exists(f"{model}/config.json"):
         raise OwlError(f"no model folder at {model!r}: it has no config.json")
+    from pipelines.serving.engine import Engine  # brings torch, which settings need not wait for
+
     engine = Engine.options(  # type: ignore[attr-defined]
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,

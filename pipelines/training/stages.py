@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from peft import LoraConfig, get_peft_model
-from torch import nn
-
-from owl_model import OwlForConditionalGeneration
 from pipelines.settings import OwlError, Settings
-from pipelines.training.step import Optimization
+
+if TYPE_CHECKING:  # settings need not wait for torch
+    from torch import nn
+
+    from owl_model import OwlForConditionalGeneration
 
 How = Literal["trains", "frozen", "lora"]
 
@@ -49,6 +49,29 @@ class Lora(Settings):
     """Dropout on the update's input."""
     targets: list[str] = ["q_proj", "v_proj"]
     """Linear modules of the language model that are adapted."""
+
+
+class Optimization(Settings):
+    """Optimizer and schedule. Defaults are the paper's (arXiv 2304.14178, section 4.1)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW as in the paper; or Muon for the weight matrices and AdamW for all else, which needs fewer steps."""
+    learning_rate: float = 1e-4
+    """Peak rate of AdamW."""
+    muon_rate: float = 0.02
+    """Peak rate of Muon, where it is used."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's averages."""
+    epsilon: float = 1e-6
+    """AdamW's denominator floor."""
+    weight_decay: float = 0.1
+    """Decay of weight matrices; norms, biases and embeddings do not decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    warmup: int = 2000
+    """Steps of linear warm-up; a cosine to zero follows."""
 
 
 class Stage(Settings):
@@ -105,6 +128,9 @@ def prepare(owl: OwlForConditionalGeneration, trains: Trains, lora: Lora) -> nn.
 
     Frozen parts are put in evaluation mode by `train_mode`, so that their dropout and batch statistics rest too.
     """
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
     owl.requires_grad_(False)
     model: nn.Module = owl
     if trains.language == "lora":

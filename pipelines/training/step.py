@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines.settings import OwlError, Settings
+from pipelines.settings import OwlError
 from pipelines.training.feed import Batch
-
-
-class Optimization(Settings):
-    """Optimizer and schedule. Defaults are the paper's (arXiv 2304.14178, section 4.1)."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW as in the paper; or Muon for the weight matrices and AdamW for all else, which needs fewer steps."""
-    learning_rate: float = 1e-4
-    """Peak rate of AdamW."""
-    muon_rate: float = 0.02
-    """Peak rate of Muon, where it is used."""
-    muon_momentum: float = 0.95
-    """Momentum of Muon."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's averages."""
-    epsilon: float = 1e-6
-    """AdamW's denominator floor."""
-    weight_decay: float = 0.1
-    """Decay of weight matrices; norms, biases and embeddings do not decay."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    warmup: int = 2000
-    """Steps of linear warm-up; a cosine to zero follows."""
+from pipelines.training.stages import Optimization
 
 
 def build_optimizers(model: nn.Module, settings: Optimization) -> list[torch.optim.Optimizer]:
