@@ -34,13 +34,21 @@ LEDGER = pa.schema(
         ("verdict", pa.string()),  # "kept" or "dropped"
         ("reason", pa.string()),  # null where kept
         ("detail", pa.string()),  # what the reason was read from, for people
-        ("bytes", pa.int64()),  # the statistics, as far as the sample got
+        ("words", pa.int32()),  # the statistics, as far as the sample got: of the first caption
+        ("characters", pa.int32()),
+        ("letters", pa.float32()),  # share of letters and spaces
+        ("repetition", pa.float32()),  # share of the commonest word
+        ("capitals", pa.float32()),  # share of capitals among the letters
+        ("non_words", pa.float32()),  # share of words that are none
+        ("contacts", pa.string()),  # the first kind of address or number in it
+        ("language", pa.string()),  # ISO 639-1, where the recipe asks
+        ("bytes", pa.int64()),  # of the first picture's file, and so on
         ("format", pa.string()),
-        ("width", pa.int32()),
+        ("width", pa.int32()),  # as the file declares
         ("height", pa.int32()),
-        ("words", pa.int32()),  # of the first caption
-        ("letters", pa.float32()),  # share of letters and spaces in it
-        ("repetition", pa.float32()),  # share of its commonest word
+        ("animated", pa.bool_()),
+        ("entropy", pa.float32()),  # bits of grey
+        ("sharpness", pa.float32()),  # variance of the Laplacian, as stored
         ("sha256", pa.string()),
         ("phash", pa.string()),
         ("thumbnail", pa.binary()),  # 16×16 RGB, to tell near duplicates from mere likeness

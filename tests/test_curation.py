@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,11 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image, ImageFilter
 
 from jobs.world.shards import PLANTED, World, write_world
 from pipelines.curation.curate import Curation, curate
-from pipelines.curation.filters import Limits, caption_stats, judge_caption, judge_size
-from pipelines.curation.sources import find_shards, read_sample, read_shard
+from pipelines.curation.decode import Pictures, judge
+from pipelines.curation.filters import HeaderStats, Limits, caption_stats, judge_caption, judge_header, masked
+from pipelines.curation.sources import RawSample, find_shards, read_sample, read_shard
 from pipelines.settings import OwlError
 
 
@@ -106,25 +109,82 @@ def test_braces_and_globs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("caption", "reason"),
+    ("caption", "limits", "reason"),
     [
-        ("a red circle", None),
-        ("  \n", "caption_empty"),
-        ("IMG_2041.jpg", "caption_junk"),
-        ("### $$$ !!!", "caption_junk"),
-        ("buy buy buy buy buy", "caption_junk"),
-        ("circle", "caption_short"),
+        ("a red circle", {}, None),
+        ("  \n", {}, "caption_empty"),
+        ("IMG_2041.jpg", {}, "caption_junk"),
+        ("### $$$ !!!", {}, "caption_junk"),
+        ("buy buy buy buy buy", {}, "caption_junk"),
+        ("circle", {}, "caption_short"),
+        ("one two three four", {"max_words": 3}, "caption_long"),
+        ("one two three four", {"max_characters": 10}, "caption_long"),
+        ("SALE OF SHOES today", {"max_capitals": 0.6}, "caption_capitals"),
+        ("xk72b9 dfgh wrtz of a dog", {"max_non_words": 0.4}, "caption_non_words"),
+        ("see www.shop.com for a dog", {"contacts": "drop"}, "caption_contact"),
+        ("write to me@shop.org for a dog", {"contacts": "drop"}, "caption_contact"),
+        ("call +49 30 1234 5678 for a dog", {"contacts": "drop"}, "caption_contact"),
+        ("call +49 30 1234 5678 for a dog", {"contacts": "mask"}, None),
+        ("a dog in 2024, 3.5 m from a cat.", {"contacts": "drop"}, None),
+        ("Stock Photo of a dog", {"boilerplate": ["stock photo"]}, "caption_boilerplate"),
+        ("собака на улице рядом с домом", {"max_non_words": 0.0}, None),
     ],
 )
-def test_captions(caption, reason):
-    assert judge_caption(caption, caption_stats(caption), Limits()) == reason
+def test_captions(caption, limits, reason):
+    assert judge_caption(caption, caption_stats(caption), Limits(**limits)) == reason
+
+
+def test_contacts_are_masked():
+    text = "mail me@shop.org or see https://shop.com/a?b=1 or call 030 1234 5678 now"
+    assert masked(text) == "mail [e-mail] or see [url] or call [phone] now"
 
 
 @pytest.mark.parametrize(
-    ("size", "reason"), [((64, 64), None), ((63, 200), "image_small"), ((80, 241), "image_aspect")]
+    ("caption", "language"),
+    [
+        ("a small dog is running across the street", "en"),
+        ("ein kleiner Hund läuft über die Straße", "de"),
+        ("un petit chien court dans la rue", "fr"),
+        ("маленькая собака бежит по улице", "ru"),
+        ("一只小狗在街上奔跑", "zh"),
+    ],
 )
-def test_sizes(size, reason):
-    assert judge_size(*size, Limits()) == reason
+def test_languages(caption, language):
+    pytest.importorskip("pycld2")
+    stats = caption_stats(caption, languages=True)
+    assert stats.language == language
+    assert judge_caption(caption, stats, Limits(languages=[language])) is None
+    assert judge_caption(caption, stats, Limits(languages=["ja"])) == "caption_language"
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "reason"),
+    [
+        ((64, 64), {}, None),
+        ((63, 200), {}, "image_small"),
+        ((80, 241), {}, "image_aspect"),
+        ((80, 80), {"min_bytes": 6000}, "image_light"),
+    ],
+)
+def test_headers(size, limits, reason):
+    assert judge_header(HeaderStats(5000, *size, False), Limits(**limits)) == reason
+
+
+def test_moving_flat_and_blurred_pictures():
+    def judged_as(image: Image.Image, limits: dict, **options) -> str | None:
+        buffer = io.BytesIO()
+        image.save(buffer, options.pop("kind", "PNG"), **options)
+        return judge(RawSample("k", "s@0", [buffer.getvalue()], ["a dog runs"]), Limits(**limits), Pictures(), True)[
+            "reason"
+        ]
+
+    noise = Image.effect_noise((200, 200), 80).convert("RGB")
+    assert judged_as(noise, {"min_entropy": 3, "min_sharpness": 50}) is None
+    assert judged_as(Image.new("RGB", (200, 200), "red"), {"min_entropy": 1}) == "image_flat"
+    assert judged_as(noise.filter(ImageFilter.GaussianBlur(4)), {"min_sharpness": 50}) == "image_blurred"
+    frames = {"kind": "GIF", "save_all": True, "append_images": [Image.new("RGB", (200, 200), "blue")]}
+    assert judged_as(noise, {"animated": False}, **frames) == "image_animated"
+    assert judged_as(noise, {}, **frames) is None
 
 
 def test_killed_and_run_again_equals_undisturbed(world, tmp_path):

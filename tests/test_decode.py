@@ -74,7 +74,7 @@ def test_orientation_is_obeyed(jpegs, orientation):
     row: dict = {}
     stored = judge_image(buffer.getvalue(), Limits(), Pictures(), True, row)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
-    assert (row["width"], row["height"]) == upright.size
+    assert row["stored"] == upright.size
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -93,7 +93,7 @@ def test_pictures_of_every_mode_are_stored_as_rgb_jpegs(mode, kind):
     stored = judge_image(saved(image, kind), Limits(), Pictures(short_side=150), True, row)
     again = Image.open(io.BytesIO(stored))
     assert (again.format, again.mode, again.size) == ("JPEG", "RGB", (150, 200))
-    assert (row["width"], row["height"], row["format"]) == (150, 200, kind)
+    assert (row["width"], row["height"], row["format"], row["stored"]) == (300, 400, kind, (150, 200))
 
 
 def test_small_pictures_are_never_enlarged(jpegs):

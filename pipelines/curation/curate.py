@@ -115,11 +115,11 @@ def curate_shards(work: pa.Table, output: str, settings: dict, counter: ray.acto
 
 def judged(path: str, rules: Curation) -> Iterator[dict]:
     """Every sample of a raw shard with its verdict and statistics. Raises UnreadableShard where there is none."""
-    hashed = rules.deduplication is not None
+    marked = rules.deduplication is not None
     empty = True
     for sample in read_shard(path):
         empty = False
-        yield judge(sample, rules.limits, rules.pictures, hashed)
+        yield judge(sample, rules.limits, rules.pictures, marked)
     if empty:
         raise UnreadableShard(f"raw shard {path} holds no sample")
 

@@ -20,7 +20,16 @@ from PIL import Image
 
 from owl_model.chat import parts_of
 from owl_model.images import ImageError, decode, open_header
-from pipelines.curation.filters import Limits, caption_stats, judge_caption, judge_size
+from pipelines.curation.filters import (
+    HeaderStats,
+    Limits,
+    caption_stats,
+    judge_caption,
+    judge_header,
+    judge_pixels,
+    masked,
+    pixel_stats,
+)
 from pipelines.curation.sources import RawSample
 from pipelines.records import images_in
 from pipelines.settings import Settings
@@ -46,15 +55,15 @@ class Pictures(Settings):
     """A JPEG is decoded at a fraction of its size only if that leaves this many times the short side."""
 
 
-def judge(sample: RawSample, limits: Limits, pictures: Pictures, hashed: bool) -> dict:
-    """A row with the columns of both CURATED and LEDGER: ``reason`` is None where the sample is fit. ``hashed`` asks
-    for the perceptual hash and the thumbnail, by which near duplicates are found."""
+def judge(sample: RawSample, limits: Limits, pictures: Pictures, marked: bool) -> dict:
+    """A row with the columns of LEDGER, and of CURATED where ``reason`` is None: the sample is fit. ``marked`` asks
+    for what takes the pixels: hash and thumbnail, by which near duplicates are found, entropy and sharpness."""
     row: dict = {"key": sample.key, "source": sample.source, "reason": sample.reason, "detail": sample.detail}
     if row["reason"] is None:
         row["reason"] = judge_words(sample, limits, row)
     if row["reason"] is None and sample.images:
         try:
-            first = judge_image(sample.images[0], limits, pictures, hashed, row)
+            first = judge_image(sample.images[0], limits, pictures, marked, row)
             more = [judge_image(data, limits, pictures, False, {}) for data in sample.images[1:]]
             row["image"], row["more_images"] = first, more or None
         except ImageError as error:
@@ -67,10 +76,11 @@ def judge_words(sample: RawSample, limits: Limits, row: dict) -> str | None:
     if sample.messages is not None:
         return judge_messages(sample, row)
     captions = sample.captions or [""]
-    stats = [caption_stats(caption) for caption in captions]
+    stats = [caption_stats(caption, bool(limits.languages)) for caption in captions]
     row |= asdict(stats[0])
     reasons = [judge_caption(caption, stat, limits) for caption, stat in zip(captions, stats, strict=True)]
-    row["caption"] = [caption.strip() for caption, reason in zip(captions, reasons, strict=True) if reason is None]
+    fit = [caption.strip() for caption, reason in zip(captions, reasons, strict=True) if reason is None]
+    row["caption"] = [masked(caption) for caption in fit] if limits.contacts == "mask" else fit
     if not row["caption"]:
         row["detail"] = captions[0][:200]
         return reasons[0]
@@ -94,28 +104,34 @@ def judge_messages(sample: RawSample, row: dict) -> str | None:
     return None
 
 
-def judge_image(data: bytes, limits: Limits, pictures: Pictures, hashed: bool, row: dict) -> bytes:
-    """Stored bytes of a fit picture; fills the picture's statistics in ``row``. Raises ImageError otherwise."""
+def judge_image(data: bytes, limits: Limits, pictures: Pictures, marked: bool, row: dict) -> bytes:
+    """Stored bytes of a fit picture; fills the picture's statistics in ``row``, its size as stored among them
+    ("stored"). Raises ImageError otherwise."""
     row["bytes"], row["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     header = open_header(data, limits.max_pixels)
-    row["format"], row["width"], row["height"] = header.format, header.width, header.height
-    if reason := judge_size(header.width, header.height, limits):
-        raise ImageError(reason, f"{header.width}×{header.height}")
+    moves = bool(getattr(header, "is_animated", False))
+    stats = HeaderStats(len(data), header.width, header.height, moves)
+    row |= asdict(stats) | {"format": header.format}
+    if reason := judge_header(stats, limits):
+        raise ImageError(reason, f"{header.width}×{header.height}, {len(data)} bytes")
     wanted = pictures.short_side or HASHED_SIDE
     pixels = decode_jpeg(data, header, wanted * pictures.margin) if header.format == "JPEG" else None
     if pixels is None:
         pixels = np.asarray(decode(header))
-    as_it_is = pictures.short_side is None or min(row["width"], row["height"]) <= pictures.short_side
+    turned = (pixels.shape[0] > pixels.shape[1]) != (header.height > header.width)  # upright, as its EXIF tag asks
+    row["stored"] = (header.height, header.width) if turned else header.size
+    as_it_is = pictures.short_side is None or min(header.size) <= pictures.short_side
     if not as_it_is:
-        pixels = shrink(pixels, row["width"], row["height"], pictures.short_side or 0)
-    if hashed:
-        row["phash"], row["thumbnail"] = fingerprints(Image.fromarray(pixels))
-    if as_it_is:
-        if pixels.shape[0] > pixels.shape[1] and header.width > header.height:  # turned upright by its EXIF tag
-            row["width"], row["height"] = header.height, header.width
-        return data
-    row["height"], row["width"] = pixels.shape[:2]
-    return encode(pixels, pictures)
+        pixels = shrink(pixels, *header.size, pictures.short_side or 0)
+        row["stored"] = pixels.shape[1::-1]
+    if marked or limits.min_entropy or limits.min_sharpness:
+        image = Image.fromarray(pixels)
+        row["phash"], row["thumbnail"], grey = fingerprints(image)
+        seen = pixel_stats(image, grey)
+        row |= asdict(seen)
+        if reason := judge_pixels(seen, limits):
+            raise ImageError(reason, f"entropy {seen.entropy:.2f} bits, sharpness {seen.sharpness:.1f}")
+    return data if as_it_is else encode(pixels, pictures)
 
 
 def decode_jpeg(data: bytes, header: Image.Image, needed: float) -> np.ndarray | None:
@@ -168,14 +184,15 @@ def encode(pixels: np.ndarray, pictures: Pictures) -> bytes:
     return buffer.getvalue()
 
 
-def fingerprints(image: Image.Image) -> tuple[str, bytes]:
+def fingerprints(image: Image.Image) -> tuple[str, bytes, np.ndarray]:
     """The two marks by which near duplicates are found, both read from one 32×32 copy: the 64-bit pHash as 16 hex
     digits, the signs of the 8×8 lowest frequencies in grey around their median (Zauner 2010, section 3.2.1), and a
     16×16 RGB thumbnail of 768 bytes, which tells a re-encoded picture from another of like shapes. Bilinear, because a
-    box's hard edge moves with the picture's size: it made copies differ three times as much (docs/log.md)."""
+    box's hard edge moves with the picture's size: it made copies differ three times as much (docs/log.md). The grey
+    copy comes third."""
     small = image.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
     grey = np.asarray(small, dtype=np.float32) @ GREY
     low = (COSINES @ grey @ COSINES.T).flatten()
     bits = low > np.median(low[1:])
     thumbnail = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR).tobytes()
-    return np.packbits(bits).tobytes().hex(), thumbnail
+    return np.packbits(bits).tobytes().hex(), thumbnail, grey

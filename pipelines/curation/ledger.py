@@ -41,7 +41,8 @@ def write_shard(output: str, shard: str, raw: str, rows: Iterable[dict]) -> dict
             if row["reason"] is None:
                 row["verdict"], row["row"] = "kept", number
                 number += 1
-                kept.append(row)
+                width, height = row.get("stored") or (None, None)
+                kept.append({**row, "width": width, "height": height})
             books.append({name: row.get(name) for name in LEDGER.names})
             if len(kept) == storage.BATCH_ROWS:
                 writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
