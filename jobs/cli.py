@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs import bench
+from jobs import bench, curation
+from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
 from jobs.session import prepare_environment, ray_session
-from pipelines.settings import OwlError, SettingError, Settings, with_overrides
+from pipelines.settings import OwlError, Settings
 
 prepare_environment()
 app = typer.Typer(
@@ -28,33 +28,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(bench.app, name="bench")
-console = Console(stderr=True, highlight=False)
-
-RecipeName = Annotated[str, typer.Option("--recipe", help="A named recipe; `owl recipes` lists them.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="One setting of the recipe, as key=value. May be repeated.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
-
-
-def recipe_of(name: str, overrides: list[str] | None, group: str = ""):
-    """The recipe with ``--set`` applied; bare keys belong to ``group``."""
-    from jobs.recipes import load
-
-    pairs = {}
-    for item in overrides or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SettingError(f"--set takes key=value, not {item!r}")
-        pairs[key if not group or key.split(".")[0] in type(load(name)).model_fields else f"{group}.{key}"] = value
-    return with_overrides(load(name), pairs)
-
-
-def finish(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(result))
-    else:
-        show()
+app.add_typer(curation.app, name="curate")
+app.add_typer(bench.app, name="bench")
 
 
 @app.command()
@@ -71,33 +46,6 @@ def demo(
     with ray_session(cpus=4):
         summary = run(str(dir), chosen)
     finish(summary, as_json, lambda: None)
-
-
-@app.command()
-def curate(
-    raw: Annotated[list[str], typer.Argument(help="Raw shards: tar, Parquet or JSONL files, globs, folders, s3://…")],
-    out: Annotated[str, typer.Option("--out", help="Folder of the curated dataset.")],
-    recipe: RecipeName = "real_small",
-    set: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Raw shards to a curated Arrow dataset with a ledger and a report. Settings: the recipe's `curation`."""
-    from pipelines.curation.curate import curate as run
-
-    settings = recipe_of(recipe, set, "curation").curation
-    with ray_session():
-        manifest = run(raw, out, settings)
-
-    def show() -> None:
-        table = Table("", "samples", box=None)
-        table.add_row("came in", f"{manifest['in']:,}")
-        for reason, number in manifest["dropped"].items():
-            table.add_row(f"− {reason}", f"{number:,}")
-        table.add_row("kept", f"{manifest['kept']:,}")
-        Console().print(table)
-        console.print(f"Report: {out}/report.html")
-
-    finish({key: manifest[key] for key in ("in", "kept", "dropped")} | {"out": out}, as_json, show)
 
 
 @app.command()

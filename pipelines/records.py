@@ -56,9 +56,7 @@ LEDGER = pa.schema(
     ]
 )
 
-SELECTION = pa.schema(
-    [("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("kept_instead", pa.string())]
-)
+SELECTION = pa.schema([("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 """Rows of one curated shard that later decisions leave out."""
 
 ANSWERS = pa.schema(

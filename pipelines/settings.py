@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,7 +34,10 @@ def differences(old: dict, new: dict) -> str:
     return ", ".join(f"{name} {json.dumps(old.get(name))} → {json.dumps(new.get(name))}" for name in names)
 
 
-def with_overrides(settings: Settings, overrides: dict[str, str]) -> Settings:
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def with_overrides(settings: AnySettings, overrides: dict[str, str]) -> AnySettings:
     """A copy with ``overrides`` such as {"min_words": "3"} or {"stage1.steps": "100"}, parsed by the fields' types.
 
     Raises SettingError naming the setting, and the nearest real one if it was misspelt.

@@ -137,7 +137,8 @@ def settle_duplicates(output: str, shards: list[str], settings: Curation) -> lis
 
 @ray.remote(num_cpus=0.5)
 def enter_duplicates(output: str, shard: str, duplicates: list[dict]) -> dict:
-    return ledger.deselect(output, shard, duplicates)
+    decided = [{**item, "detail": f"kept instead: {item['kept_instead']}"} for item in duplicates]
+    return ledger.deselect(output, shard, decided, instead_of=("duplicate_exact", "duplicate_near"))
 
 
 def refuse_other_settings(output: str, settings: Curation) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
@@ -70,24 +71,27 @@ def write_ledger(output: str, shard: str, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def deselect(output: str, shard: str, duplicates: list[dict]) -> dict:
-    """Enters what deduplication decided for one shard: verdicts into its ledger, rows into its selection; the Arrow
-    shard stays as it is. Earlier decisions are taken back first, so that this can be repeated."""
+def deselect(output: str, shard: str, decided: list[dict], instead_of: Collection[str] = ()) -> dict:
+    """Enters later decisions on one shard's curated rows, each {"row", "key", "reason", "detail"}: verdicts into its
+    ledger, rows into its selection; the Arrow shard stays as it is. Earlier decisions for the reasons ``instead_of``
+    are taken back first, so that this can be repeated. Returns the shard's entry of the books."""
     table = read_ledger(output, shard)
-    reasons, details = table["reason"].to_pylist(), table["detail"].to_pylist()
-    by_row = {item["row"]: item for item in duplicates}
-    for index, row in enumerate(table["row"].to_pylist()):
+    reasons, details, rows = (table[name].to_pylist() for name in ("reason", "detail", "row"))
+    by_row = {item["row"]: item for item in decided}
+    for index, row in enumerate(rows):
         if row is None:
             continue
-        found = by_row.get(row)
-        reasons[index] = found["reason"] if found else None
-        details[index] = f"kept instead: {found['kept_instead']}" if found else None
+        if reasons[index] in instead_of:
+            reasons[index] = details[index] = None
+        if found := by_row.get(row):
+            reasons[index], details[index] = found["reason"], found["detail"]
     verdicts = ["kept" if reason is None else "dropped" for reason in reasons]
     for name, values in (("verdict", verdicts), ("reason", reasons), ("detail", details)):
         table = table.set_column(table.schema.get_field_index(name), LEDGER.field(name), pa.array(values, pa.string()))
     write_ledger(output, shard, table)
+    out = pc.and_(table["row"].is_valid(), table["reason"].is_valid())
     with storage.open_write(f"{output}/selection/{shard}.parquet") as file:
-        pq.write_table(pa.Table.from_pylist(duplicates, schema=SELECTION), file)
+        pq.write_table(table.filter(out).select(SELECTION.names).cast(SELECTION), file)
     marker = storage.read_json(f"{output}/markers/{shard}.json")
     return {"shard": shard, "raw": marker["raw"], "in": len(reasons), **counts(reasons)}
 

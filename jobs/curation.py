@@ -1,0 +1,142 @@
+"""`owl curate`: a run, and the verbs that look into what it made."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
+from jobs.session import ray_session
+from pipelines.settings import with_overrides
+
+
+class OrRun(TyperGroup):
+    """`owl curate RAW …` is `owl curate run RAW …`."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        first_is_command = not args or args[0] in self.commands or args[0] == "--help"
+        return super().parse_args(ctx, args if first_is_command else ["run", *args])
+
+
+app = typer.Typer(cls=OrRun, no_args_is_help=True, help="Raw shards to a curated dataset, and a look into it.")
+
+
+def show_funnel(counted: dict[str, Any]) -> None:
+    table = Table("", "samples", box=None)
+    table.add_row("came in", f"{counted['in']:,}")
+    for reason, number in counted["dropped"].items():
+        table.add_row(f"− {reason}", f"{number:,}")
+    table.add_row("kept", f"{counted['kept']:,}")
+    Console().print(table)
+
+
+@app.command()
+def run(
+    raw: Annotated[list[str], typer.Argument(help="Raw shards: tar, Parquet or JSONL files, globs, folders, s3://…")],
+    out: Annotated[str, typer.Option("--out", help="Folder of the curated dataset.")],
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Raw shards to a curated Arrow dataset with a ledger and a report. Settings: the recipe's `curation`."""
+    from pipelines.curation.curate import curate
+
+    settings = recipe_of(recipe, set, "curation").curation
+    with ray_session():
+        manifest = curate(raw, out, settings)
+
+    def show() -> None:
+        show_funnel(manifest)
+        console.print(f"Report: {out}/report.html")
+
+    finish({key: manifest[key] for key in ("in", "kept", "dropped")} | {"out": out}, as_json, show)
+
+
+@app.command()
+def preview(
+    raw: Annotated[list[str], typer.Argument(help="Raw shards, as for a run.")],
+    samples: Annotated[int, typer.Option("--samples", help="About how many samples are looked at.")] = 1000,
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe's filters would do, on a few samples, in seconds; nothing is written."""
+    from pipelines.curation.inspect import preview as look
+
+    result = look(raw, recipe_of(recipe, set, "curation").curation, samples)
+
+    def show() -> None:
+        show_funnel(result)
+        for reason, found in result["examples"].items():
+            for item in found:
+                Console().print(f"  {reason}  {item['key']}  {item['detail'] or ''}", highlight=False, markup=False)
+
+    finish(result, as_json, show)
+
+
+@app.command()
+def explain(
+    out: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    key: Annotated[str, typer.Argument(help="A sample's key.")],
+    as_json: AsJson = False,
+) -> None:
+    """Everything known of one sample: verdict, reason, statistics, where it came from and where it lies."""
+    from pipelines.curation.inspect import explain as find
+
+    rows = find(out, key)
+
+    def show() -> None:
+        for row in rows:
+            table = Table(key, "", box=None)
+            for name, value in row.items():
+                if value is not None and name != "key":
+                    table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            Console().print(table)
+
+    finish({"rows": rows}, as_json, show)
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    after: Annotated[str, typer.Argument(help="Folder of another, of the same raw shards.")],
+    as_json: AsJson = False,
+) -> None:
+    """What became of the same raw samples in two curated datasets."""
+    from pipelines.curation.inspect import diff as compare
+
+    result = compare(before, after)
+
+    def show() -> None:
+        table = Table("", "samples", box=None)
+        table.add_row("the same", f"{result['same']:,}")
+        for change, number in result["moved"].items():
+            table.add_row(change, f"{number:,}")
+        Console().print(table)
+        for side, shards in (("before", result["only_before"]), ("after", result["only_after"])):
+            if shards:
+                Console().print(f"{len(shards)} raw shards only in {side}: {shards[0]} …", highlight=False)
+
+    finish(result, as_json, show)
+
+
+@app.command()
+def rethreshold(
+    out: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    set: Annotated[list[str], typer.Option("--set", help="A tighter limit, as key=value: min_words=4. Repeatable.")],
+    as_json: AsJson = False,
+) -> None:
+    """Holds a dataset to tighter limits by the statistics in its ledger; no picture is read."""
+    from pipelines.curation.filters import Limits
+    from pipelines.curation.inspect import manifest_of
+    from pipelines.curation.inspect import rethreshold as tighten
+
+    pairs = dict(item.removeprefix("limits.").partition("=")[::2] for item in set)
+    limits = with_overrides(Limits.model_validate(manifest_of(out)["settings"]["limits"]), pairs)
+    with ray_session():
+        manifest = tighten(out, limits)
+    finish({key: manifest[key] for key in ("in", "kept", "dropped")}, as_json, lambda: show_funnel(manifest))

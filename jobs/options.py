@@ -1,0 +1,40 @@
+"""What the verbs share: options, a recipe with settings changed, and how a result is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipelines.settings import SettingError, with_overrides
+
+console = Console(stderr=True, highlight=False)
+
+RecipeName = Annotated[str, typer.Option("--recipe", help="A named recipe; `owl recipes` lists them.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting of the recipe, as key=value. May be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+
+
+def recipe_of(name: str, overrides: list[str] | None, group: str = ""):
+    """The recipe with ``--set`` applied; bare keys belong to ``group``."""
+    from jobs.recipes import load
+
+    pairs = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SettingError(f"--set takes key=value, not {item!r}")
+        pairs[key if not group or key.split(".")[0] in type(load(name)).model_fields else f"{group}.{key}"] = value
+    return with_overrides(load(name), pairs)
+
+
+def finish(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show()
