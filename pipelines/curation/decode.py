@@ -109,15 +109,14 @@ def judge_image(data: bytes, limits: Limits, pictures: Pictures, marked: bool, r
     ("stored"). Raises ImageError otherwise."""
     row["bytes"], row["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     header = open_header(data, limits.max_pixels)
-    moves = bool(getattr(header, "is_animated", False))
-    stats = HeaderStats(len(data), header.width, header.height, moves)
+    stats = HeaderStats(len(data), header.width, header.height, moves(header))
     row |= asdict(stats) | {"format": header.format}
     if reason := judge_header(stats, limits):
         raise ImageError(reason, f"{header.width}×{header.height}, {len(data)} bytes")
     wanted = pictures.short_side or HASHED_SIDE
     pixels = decode_jpeg(data, header, wanted * pictures.margin) if header.format == "JPEG" else None
     if pixels is None:
-        pixels = np.asarray(decode(header))
+        pixels = np.array(decode(header))
     turned = (pixels.shape[0] > pixels.shape[1]) != (header.height > header.width)  # upright, as its EXIF tag asks
     row["stored"] = (header.height, header.width) if turned else header.size
     as_it_is = pictures.short_side is None or min(header.size) <= pictures.short_side
@@ -132,6 +131,15 @@ def judge_image(data: bytes, limits: Limits, pictures: Pictures, marked: bool, r
         if reason := judge_pixels(seen, limits):
             raise ImageError(reason, f"entropy {seen.entropy:.2f} bits, sharpness {seen.sharpness:.1f}")
     return data if as_it_is else encode(pixels, pictures)
+
+
+def moves(header: Image.Image) -> bool:
+    """Whether it has several frames. Pillow looks for the second one, and raises what it likes where that is damaged;
+    the first alone is used, so a damaged second one does not count."""
+    try:
+        return bool(getattr(header, "is_animated", False))
+    except Exception:
+        return False
 
 
 def decode_jpeg(data: bytes, header: Image.Image, needed: float) -> np.ndarray | None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
@@ -75,7 +74,9 @@ def read_shard(path: str) -> Iterator[RawSample]:
     reader = readers[posixpath.splitext(path)[1]]
     try:
         yield from reader(path)
-    except (OSError, tarfile.TarError, pa.ArrowException) as error:
+    except UnreadableShard:
+        raise
+    except Exception as error:  # readers raise a different class for each kind of damage
         raise UnreadableShard(f"raw shard {path} cannot be read: {error}") from None
 
 
