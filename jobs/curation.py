@@ -140,3 +140,19 @@ def rethreshold(
     with ray_session():
         manifest = tighten(out, limits)
     finish({key: manifest[key] for key in ("in", "kept", "dropped")}, as_json, lambda: show_funnel(manifest))
+
+
+@app.command()
+def export(
+    dataset: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the files.")],
+    to: Annotated[str, typer.Option("--to", help="webdataset, parquet or arrow.")] = "webdataset",
+    megabytes: Annotated[int, typer.Option("--megabytes", help="About how large each file becomes.")] = 500,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a curated dataset for other tools, in files of about one size."""
+    from pipelines.curation.export import export as write
+
+    with ray_session():
+        result = write(dataset, out, to, megabytes)
+    finish(result, as_json, lambda: console.print(f"{result['rows']:,} samples in {result['files']:,} files in {out}"))

@@ -5,13 +5,19 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
+from pipelines import storage
 from pipelines.curation import ledger
 from pipelines.curation.curate import Curation, curate
+from pipelines.curation.decode import Pictures
+from pipelines.curation.export import export
 from pipelines.curation.filters import Limits
 from pipelines.curation.inspect import diff, explain, is_looser, manifest_of, preview, rethreshold, verdicts
+from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError
 from pipelines.training.feed import Dataset
 
@@ -116,3 +122,61 @@ def test_preview_is_what_a_run_would_do(curated, world):
     wanted = manifest_of(str(curated / "loose"))
     assert [result[k] for k in COUNTS] == [wanted[k] for k in COUNTS]
     assert preview([f"{world}/raw/pairs"], Curation(), 30)["in"] <= 33
+
+
+@pytest.fixture(scope="module")
+def exported(curated):
+    output = str(curated / "deduplicated")
+    for form in ("webdataset", "parquet", "arrow"):
+        result = export(output, f"{curated}/as_{form}", form, megabytes=0)  # a file for each record batch
+        assert result["rows"] == manifest_of(output)["kept"]
+        assert result["files"] == len(manifest_of(output)["shards"])
+    rows = []
+    for entry in manifest_of(output)["shards"]:
+        table = storage.open_arrow(f"{output}/shards/{entry['shard']}.arrow").read_all()
+        out = set(ledger.selected_rows(output, entry["shard"]).to_pylist())
+        rows += [row for number, row in enumerate(table.to_pylist()) if number not in out]
+    return curated, rows
+
+
+def test_exports_hold_the_selected_rows_in_order(exported):
+    folder, rows = exported
+    parquet = pq.read_table(folder / "as_parquet").to_pylist()
+    assert parquet == rows
+    arrows = [storage.open_arrow(str(path)).read_all() for path in sorted((folder / "as_arrow").iterdir())]
+    assert pa.concat_tables(arrows).to_pylist() == rows
+
+
+def test_exported_tars_are_raw_shards_again(exported):
+    folder, rows = exported
+    samples = [sample for path in find_shards([str(folder / "as_webdataset")]) for sample in read_shard(path)]
+    assert [(s.key, s.images[0], s.captions) for s in samples] == [(r["key"], r["image"], r["caption"]) for r in rows]
+
+
+def test_other_tools_open_the_exports(exported):
+    folder, rows = exported
+    datasets = pytest.importorskip("datasets")
+    files = sorted(str(path) for path in (folder / "as_parquet").iterdir())
+    assert len(datasets.load_dataset("parquet", data_files=files, split="train")) == len(rows)
+    assert ray.data.read_parquet(files).count() == len(rows)
+    duckdb = pytest.importorskip("duckdb")
+    assert duckdb.connect().execute(f"select count(*) from '{folder}/as_parquet/*.parquet'").fetchall() == [
+        (len(rows),)
+    ]
+
+
+def test_other_tools_open_the_tars(exported, world):
+    """Stored at one size, all pictures are JPEGs, as Hugging Face's reader of WebDataset wants them alike."""
+    datasets, wds = pytest.importorskip("datasets"), pytest.importorskip("webdataset")
+    folder, rows = exported
+    curate([f"{world}/raw/pairs"], f"{folder}/resized", Curation(pictures=Pictures(short_side=60)))
+    export(f"{folder}/resized", f"{folder}/resized_tars", "webdataset", megabytes=0)
+    tars = sorted(str(path) for path in (folder / "resized_tars").iterdir())
+    loaded = datasets.load_dataset("webdataset", data_files=tars, split="train", streaming=True)
+    assert [row["__key__"] for row in loaded] == [row["key"] for row in rows]
+    assert [sample["__key__"] for sample in wds.WebDataset(tars, shardshuffle=False)] == [row["key"] for row in rows]
+
+
+def test_an_unknown_format_is_refused(curated, tmp_path):
+    with pytest.raises(OwlError, match="unknown format 'lance'; known: webdataset, parquet, arrow"):
+        export(str(curated / "loose"), str(tmp_path), "lance", 1)
