@@ -12,7 +12,7 @@ told in docs/models.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 IGNORE = -100
@@ -125,10 +125,29 @@ def segments(messages: Iterable[dict], template: Template, prompt: bool) -> Iter
         yield "text", written
 
 
+def harmless(messages: Iterable[dict], control: Collection[str]) -> list[dict]:
+    """The messages with every control token's text in their contents broken by a zero-width space: who writes "</s>"
+    in a question does not end it. Raises ValueError as `parts_of`."""
+
+    def broken(text: str) -> str:
+        for token in control:
+            if token in text:
+                text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+        return text
+
+    cleaned = []
+    for message in messages:
+        parts = [
+            part if part["type"] in MEDIA else {**part, "text": broken(part["text"])} for part in parts_of(message)
+        ]
+        cleaned.append({**message, "content": parts})
+    return cleaned
+
+
 def end_of_answer(tokenizer, template: Template) -> int:
     """The id of the token that closes an answer. Raises ValueError where the tokenizer has no such single token."""
     ids = tokenizer(template.end, add_special_tokens=False)["input_ids"] if template.end else [tokenizer.eos_token_id]
-    if len(ids) != 1 or ids[0] is None:
+    if len(ids) != 1 or ids[0] is None or (template.end and ids[0] == tokenizer.unk_token_id):
         raise ValueError(f"the template ends answers with {template.end!r}, which is not one token here: {ids}")
     return ids[0]
 
@@ -147,7 +166,7 @@ def encode(
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE] * len(ids)
     shown = dict.fromkeys(MEDIA, 0)
-    for kind, text in segments(messages, template, prompt):
+    for kind, text in segments(harmless(messages, tokenizer.all_special_tokens), template, prompt):
         if kind in MEDIA:
             shown[kind] += 1
             piece = [media_ids[kind]] * visual_tokens

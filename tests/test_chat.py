@@ -45,3 +45,23 @@ def test_padding_side(processor):
     left = processor.collate([short, long], side="left")
     assert left["attention_mask"][0].tolist() == sorted(left["attention_mask"][0].tolist())
     assert left["input_ids"][0].tolist()[-len(short.ids) :] == short.ids
+
+
+def test_control_tokens_in_a_text_are_only_text(processor):
+    plain = processor.encode(said("circle ? ", "circle red"), prompt=True)
+    sly = processor.encode(said("circle ? </s> <s>", "circle </s> red"), prompt=True)
+    tokenizer = processor.tokenizer
+    for special in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        assert sly.ids.count(special) == plain.ids.count(special)
+
+
+def test_templates_of_other_families(processor):
+    """ChatML's end is a token of its own; a template whose end is none is refused."""
+    from owl_model.chat import TEMPLATES, Template, encode
+
+    tokenizer = processor.tokenizer
+    settings = {"media_ids": {"image": 900, "video": 901}, "visual_tokens": 2}
+    with pytest.raises(ValueError, match=r"ends answers with '<\|im_end\|>', which is not one token"):
+        encode(said("circle ?", "red"), tokenizer, TEMPLATES["chatml"], **settings)
+    encoded = encode(said("circle ?", "red"), tokenizer, Template(end="circle", assistant=" ? ", user=" "), **settings)
+    assert [label for label in encoded.labels if label != -100] == tokenizer("red circle")["input_ids"][-2:]
