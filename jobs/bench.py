@@ -59,12 +59,13 @@ def model(
 def curation(
     folder: Annotated[Path, typer.Option("--dir", help="Folder for the raw shards that are made, and for results.")],
     ways: Annotated[
-        list[str] | None, typer.Option("--way", help="One of the ways to measure; without it, all that are installed.")
+        list[str] | None,
+        typer.Option("--way", help="One of the ways to measure; without it, all (needs webdataset)."),
     ] = None,
     sizes: Annotated[tuple[int, int], typer.Option("--sizes", help="Pictures of the two inputs.")] = (2000, 8000),
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
 ) -> None:
-    """CPU, time and memory of curation beside a bare loop of the same decoding, Ray Data, webdataset and Daft."""
+    """CPU, time and memory of curation beside a bare loop of the same decoding, Ray Data and webdataset."""
     from jobs.bench_curation import WAYS, measure
 
     if unknown := set(ways or []) - set(WAYS):

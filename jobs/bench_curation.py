@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from jobs.bench_curation_set import write_set
+from pipelines.settings import OwlError
 
 SAME = ["--set", "deduplication=null", "--set", "pictures.short_side=224", "--set", "limits.min_side=128"]
 SAME += ["--set", "limits.min_words=3"]
@@ -30,7 +31,6 @@ WAYS: dict[str, list[str]] = {
     "owl, default": ["-m", "jobs.cli", "curate", "--set", "pictures.short_side=224"],
     "ray data": ["-m", "jobs.bench_rivals", "ray_data"],
     "webdataset": ["-m", "jobs.bench_rivals", "webdataset"],
-    "daft": ["-m", "jobs.bench_rivals", "daft"],
 }
 """Each is given the raw folder and `--out FOLDER`."""
 
@@ -42,8 +42,8 @@ class Cost(NamedTuple):
 
 
 def run(command: list[str]) -> Cost:
-    """Wall seconds, CPU seconds and peak resident bytes of a process and all that it started. Raises RuntimeError with
-    what it said, if it failed."""
+    """Wall seconds, CPU seconds and peak resident bytes of a process and all that it started. Raises OwlError with what
+    it said, if it failed."""
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     said: list[str] = []
@@ -57,7 +57,7 @@ def run(command: list[str]) -> Cost:
         time.sleep(0.05)
     reader.join()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {''.join(said[-5:])}")
+        raise OwlError(f"{' '.join(command)} failed: {''.join(said[-5:])}")
     return Cost(time.monotonic() - began, sum(used.values()), peak)
 
 

@@ -1,8 +1,8 @@
 """Web-like raw shards to measure curation with: pictures of a real size, encoded as the web encodes them.
 
-Log-normal long sides around 780 px (mean about 0.43 megapixel and 52 KB), 4:2:0 mostly, 14 % progressive, and 2 %
-that are bad: cut short, not a picture, too small, too long, or without a caption. Drawn from noise whose spectrum
-falls as photographs' does (power ~ 1/f², Field 1987), so that decoding costs what photographs cost.
+Log-normal long sides around 675 px (mean 0.45 megapixel and 56 KB), 4:2:0 mostly, 14 % progressive, and 2 % that are
+bad: cut short, not a picture, too small, too long, or without a caption. Drawn from noise whose amplitudes fall with
+frequency, somewhat faster than in photographs (1/f, Field 1987): so the files come out as large as those of the web.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE = 1400
 
 
 def photographs(count: int, generator: np.random.Generator) -> list[Image.Image]:
-    """RGB pictures of BASE px a side with an amplitude spectrum of 1/f, and edges as of things in front of others."""
+    """RGB pictures of BASE px a side with amplitudes of 1/f^1.57, and edges as of things in front of others."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(BASE), np.fft.rfftfreq(BASE), indexing="ij"))
     frequency[0, 0] = np.inf
     pictures = []

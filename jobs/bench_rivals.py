@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,33 +121,10 @@ def webdataset_shard(path: str, out: str) -> None:
     pq.write_table(pa.table(rows), f"{out}/{Path(path).stem}.parquet")
 
 
-def daft(raw: str, out: str) -> None:
-    """Daft on its own runner, its picture expressions for decoding, resizing and encoding."""
-    import daft as engine
-
-    rows: dict[str, list] = {"key": [], "data": [], "caption": []}
-    for path in sorted(Path(raw).glob("*.tar")):
-        with tarfile.open(path) as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-        for name in sorted(name for name in members if name.endswith(".jpg")):
-            rows["key"].append(name[:-4])
-            rows["data"].append(members[name])
-            rows["caption"].append(members[f"{name[:-4]}.txt"].decode())
-    frame = engine.from_pydict(rows)
-
-    @engine.func(return_dtype=engine.DataType.binary())
-    def store(data: bytes, caption: str):
-        return with_pillow(data, caption)
-
-    frame = frame.with_column("image", store(frame["data"], frame["caption"])).exclude("data")
-    frame.where(frame["image"].not_null()).write_parquet(out)
-
-
 WAYS: dict[str, Callable[[str, str], None]] = {
     "bare": bare,
     "ray_data": ray_data,
     "webdataset": webdataset,
-    "daft": daft,
 }
 
 if __name__ == "__main__":

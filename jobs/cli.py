@@ -29,7 +29,6 @@ app = typer.Typer(
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(curation.app, name="curate")
-app.add_typer(bench.app, name="bench")
 
 
 @app.command()

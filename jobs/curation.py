@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
+from jobs.options import AsJson, Overrides, RecipeName, console, finish, pairs_of, recipe_of
 from jobs.session import ray_session
 from pipelines.settings import with_overrides
 
@@ -132,10 +132,10 @@ def rethreshold(
 ) -> None:
     """Holds a dataset to tighter limits by the statistics in its ledger; no picture is read."""
     from pipelines.curation.filters import Limits
-    from pipelines.curation.inspect import manifest_of
     from pipelines.curation.inspect import rethreshold as tighten
+    from pipelines.curation.ledger import manifest_of
 
-    pairs = dict(item.removeprefix("limits.").partition("=")[::2] for item in set)
+    pairs = {key.removeprefix("limits."): value for key, value in pairs_of(set).items()}
     limits = with_overrides(Limits.model_validate(manifest_of(out)["settings"]["limits"]), pairs)
     with ray_session():
         manifest = tighten(out, limits)

@@ -24,13 +24,23 @@ def recipe_of(name: str, overrides: list[str] | None, group: str = ""):
     """The recipe with ``--set`` applied; bare keys belong to ``group``."""
     from jobs.recipes import load
 
+    known = type(load(name)).model_fields
+    pairs = {
+        key if not group or key.split(".")[0] in known else f"{group}.{key}": value
+        for key, value in pairs_of(overrides or []).items()
+    }
+    return with_overrides(load(name), pairs)
+
+
+def pairs_of(overrides: list[str]) -> dict[str, str]:
+    """["a=1"] → {"a": "1"}. Raises SettingError for an item without an equals sign."""
     pairs = {}
-    for item in overrides or []:
+    for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
             raise SettingError(f"--set takes key=value, not {item!r}")
-        pairs[key if not group or key.split(".")[0] in type(load(name)).model_fields else f"{group}.{key}"] = value
-    return with_overrides(load(name), pairs)
+        pairs[key] = value
+    return pairs
 
 
 def finish(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,18 +62,21 @@ def rewrite(model: str, to: str, folder: str) -> None:
     if to not in ("owl", "official"):
         raise OwlError(f"--to is owl or official, not {to!r}")
     owl = OwlForConditionalGeneration.from_pretrained(model)
+    spoken = any(Path(model).glob("tokenizer*"))
     if to == "official":
         try:
             write_official(owl, folder)
         except ValueError as error:
             raise OwlError(f"{model}: {error}") from None
-        tokenizer = AutoTokenizer.from_pretrained(model) if any(Path(model).glob("tokenizer*")) else None
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return
-    owl.save_pretrained(folder)
-    if any(Path(model).glob("tokenizer*")):
-        OwlProcessor.from_pretrained(model).save_pretrained(folder)
+        if spoken:
+            AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    else:
+        owl.save_pretrained(folder)
+        if spoken:
+            OwlProcessor.from_pretrained(model).save_pretrained(folder)
+    for name in ("tokenizer.model", "preprocessor_config.json"):  # what the authors' code opens, and ours need not
+        if (Path(model) / name).exists():
+            shutil.copy(Path(model) / name, folder)
 
 
 def image_processor_of(parts: Parts) -> OwlImageProcessor:

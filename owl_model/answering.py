@@ -50,6 +50,10 @@ def prompt_inputs(
     return inputs
 
 
+def on_device(owl: OwlForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(owl.device) for name, value in inputs.items()}
+
+
 def generation_config(owl: OwlForConditionalGeneration, processor: OwlProcessor, **options) -> GenerationConfig:
     """Greedy unless ``options`` say otherwise; ends where the template ends an answer."""
     chosen = {"do_sample": False, "eos_token_id": processor.end_id, "pad_token_id": processor.pad_id}
@@ -84,7 +88,7 @@ def answer(
 ) -> list[str]:
     """One answer for each conversation, decoded in one batch, up to the first of ``stop_strings``. ``options`` as of
     `GenerationConfig`."""
-    inputs = prompt_inputs(processor, conversations, images, videos)
+    inputs = on_device(owl, prompt_inputs(processor, conversations, images, videos))
     length = inputs["input_ids"].shape[1]
     stops = StoppingCriteriaList([StopStrings(stop_strings, processor.tokenizer, length)] if stop_strings else [])
     config = generation_config(owl, processor, **options)
@@ -103,8 +107,7 @@ def stream(
     **options,
 ) -> Iterator[str]:
     """One conversation's answer in pieces, as it is made."""
-    inputs = prompt_inputs(processor, [conversation], [images], [videos])
-    inputs = {name: value.to(owl.device) for name, value in inputs.items()}
+    inputs = on_device(owl, prompt_inputs(processor, [conversation], [images], [videos]))
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     config = generation_config(owl, processor, **options)
     failed: list[BaseException] = []

@@ -74,6 +74,10 @@ def test_an_official_folder_with_its_tokenizer_answers_like_its_conversion(owl_c
     assert first.template == second.template
     question = ask("image", " A chat  ?")
     assert first.encode(question, prompt=True) == second.encode(question, prompt=True)
+    done = owl_command("convert", tmp_path / "ours", "--to", "official", "--out", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    # The authors' tokenizer opens this file and no other.
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (theirs / "tokenizer.model").read_bytes()
     if max(first.encode(question).ids) < vocabulary:  # the case's vocabulary is smaller than the tokenizer's
         assert answer(*load(str(theirs)), [question], [[picture("red")]])
 

@@ -16,7 +16,8 @@ from pipelines.curation.curate import Curation, curate
 from pipelines.curation.decode import Pictures
 from pipelines.curation.export import export
 from pipelines.curation.filters import Limits
-from pipelines.curation.inspect import diff, explain, is_looser, manifest_of, preview, rethreshold, verdicts
+from pipelines.curation.inspect import diff, explain, is_looser, preview, rethreshold, verdicts
+from pipelines.curation.ledger import manifest_of
 from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError
 from pipelines.training.feed import Dataset

@@ -32,9 +32,7 @@ def export(output: str, target: str, form: str, megabytes: int) -> dict[str, Any
     ``megabytes``. Returns {"files", "rows"}. Raises OwlError for an unknown form or an unfinished dataset."""
     if form not in FORMS:
         raise OwlError(f"unknown format {form!r}; known: {', '.join(FORMS)}")
-    if not storage.exists(f"{output}/manifest.json"):
-        raise OwlError(f"no curated dataset at {output!r}: it has no manifest.json")
-    shards = [entry["shard"] for entry in storage.read_json(f"{output}/manifest.json")["shards"]]
+    shards = [entry["shard"] for entry in ledger.manifest_of(output)["shards"]]
     parts = list(plan(output, shards, megabytes << 20))
     ending = {"webdataset": "tar", "parquet": "parquet", "arrow": "arrow"}[form]
     names = [f"{target}/part-{number:05d}.{ending}" for number in range(len(parts))]

@@ -25,16 +25,9 @@ from pipelines.curation.filters import (
     judge_header,
     judge_pixels,
 )
+from pipelines.curation.ledger import manifest_of
 from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError
-
-
-def manifest_of(output: str) -> dict[str, Any]:
-    """Raises OwlError where there is no finished curated dataset."""
-    if not storage.exists(f"{output}/manifest.json"):
-        raise OwlError(f"no curated dataset at {output!r}: it has no manifest.json")
-    return storage.read_json(f"{output}/manifest.json")
-
 
 # --- preview ---------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.records import CURATED, LEDGER, SELECTION
+from pipelines.settings import OwlError
 
 
 def shard_id(path: str) -> str:
@@ -59,6 +60,13 @@ def write_shard(output: str, shard: str, raw: str, rows: Iterable[dict]) -> dict
 def counts(reasons: list[str | None]) -> dict[str, Any]:
     dropped = Counter(reason for reason in reasons if reason is not None)
     return {"kept": len(reasons) - sum(dropped.values()), "dropped": dict(sorted(dropped.items()))}
+
+
+def manifest_of(output: str) -> dict[str, Any]:
+    """Raises OwlError where there is no finished curated dataset."""
+    if not storage.exists(f"{output}/manifest.json"):
+        raise OwlError(f"no curated dataset at {output!r}: it has no manifest.json")
+    return storage.read_json(f"{output}/manifest.json")
 
 
 def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:

@@ -14,8 +14,7 @@ import torch
 from ray import serve
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from owl_model import OwlForConditionalGeneration, OwlProcessor
-from owl_model.answering import generation_config, prompt_inputs
+from owl_model.answering import generation_config, load, on_device, prompt_inputs
 
 
 class Cancelled(StoppingCriteria):
@@ -31,9 +30,7 @@ class Cancelled(StoppingCriteria):
 @serve.deployment
 class Engine:
     def __init__(self, model: str):
-        self.owl = OwlForConditionalGeneration.from_pretrained(model).eval()
-        self.owl = self.owl.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.processor = OwlProcessor.from_pretrained(model)
+        self.owl, self.processor = load(model)
 
     async def stream(self, messages: list[dict], pictures: list[bytes], options: dict) -> AsyncIterator[dict]:
         """Yields {"text": …} pieces, then {"usage": …, "finish": "stop" | "length"}, or {"refused": …} alone."""
@@ -42,7 +39,7 @@ class Engine:
         except ValueError as error:
             yield {"refused": str(error)}
             return
-        inputs = {name: value.to(self.owl.device) for name, value in inputs.items()}
+        inputs = on_device(self.owl, inputs)
         length = inputs["input_ids"].shape[1]
         room = getattr(self.owl.config.text_config, "max_position_embeddings", 1 << 30) - length
         if room < 1:
