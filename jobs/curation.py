@@ -127,19 +127,25 @@ def diff(
 @app.command()
 def rethreshold(
     out: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
-    set: Annotated[list[str], typer.Option("--set", help="A tighter limit, as key=value: min_words=4. Repeatable.")],
+    set: Annotated[list[str], typer.Option("--set", help="A limit, as key=value: min_words=4. Repeatable.")],
     as_json: AsJson = False,
 ) -> None:
-    """Holds a dataset to tighter limits by the statistics in its ledger; no picture is read."""
+    """Holds a dataset to other limits by the statistics in its ledger. Tighter ones open no picture; looser ones only
+    the raw samples that they may let in."""
     from pipelines.curation.filters import Limits
-    from pipelines.curation.inspect import rethreshold as tighten
     from pipelines.curation.ledger import manifest_of
+    from pipelines.curation.rethreshold import rethreshold as move
 
     pairs = {key.removeprefix("limits."): value for key, value in pairs_of(set).items()}
     limits = with_overrides(Limits.model_validate(manifest_of(out)["settings"]["limits"]), pairs)
     with ray_session():
-        manifest = tighten(out, limits)
-    finish({key: manifest[key] for key in ("in", "kept", "dropped")}, as_json, lambda: show_funnel(manifest))
+        manifest = move(out, limits)
+
+    def show() -> None:
+        show_funnel(manifest)
+        console.print(f"{manifest['read_again']:,} raw samples were read again")
+
+    finish({key: manifest[key] for key in ("in", "kept", "dropped", "read_again")}, as_json, show)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 from jobs.world.shards import World
 from pipelines.curation.curate import Curation
 from pipelines.curation.filters import Limits
+from pipelines.curation.likeness import Deduplication
 from pipelines.evaluation.evaluate import Evaluation
 from pipelines.serving.serve import Serving
 from pipelines.settings import SettingError, Settings, refuse_unknown
@@ -85,7 +86,7 @@ def demo() -> Recipe:
             },
             template="plain",
         ),
-        curation=Curation(limits=Limits(min_side=64)),
+        curation=Curation(limits=Limits(min_side=64), deduplication=Deduplication(radius=6, detail=12)),
         serving=Serving(port=0),
         language=worker.model_copy(update={"steps": 550}),
         stage1=worker.model_copy(update={"steps": 1500}),

@@ -35,9 +35,11 @@ class Counter:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[ray.actor.ActorHandle]:
-    """Yields the handle that workers call ``advance`` or ``at`` on."""
-    counter = Counter.remote(done)  # type: ignore[attr-defined]
+def progress(
+    title: str, total: int, unit: str, done: int = 0, counter: ray.actor.ActorHandle | None = None
+) -> Iterator[ray.actor.ActorHandle]:
+    """Yields the handle that workers call ``advance`` or ``at`` on; or draws what another actor's ``read`` tells."""
+    counter = counter or Counter.remote(done)  # type: ignore[attr-defined]
     stop = threading.Event()
     drawing = threading.Thread(target=draw, args=(counter, title, total, unit, stop), daemon=True)
     drawing.start()

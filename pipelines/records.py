@@ -1,7 +1,8 @@
 """The Arrow schemas that pass between the pipelines: the only hand-offs.
 
 A curated dataset is a folder: ``shards/*.arrow`` (CURATED), ``ledger/*.parquet`` (LEDGER), ``selection/*.parquet``
-(SELECTION), ``markers/*.json``, ``manifest.json``, ``report.html``. Evaluation writes ANSWERS.
+(SELECTION), ``thumbnails/*.arrow`` (THUMBNAILS), ``scores/*.parquet`` (SCORES), ``markers/*.json``,
+``manifest.json``, ``report.html``. Evaluation writes ANSWERS.
 """
 
 from __future__ import annotations
@@ -51,10 +52,29 @@ LEDGER = pa.schema(
         ("sharpness", pa.float32()),  # variance of the Laplacian, as stored
         ("sha256", pa.string()),
         ("phash", pa.string()),
-        ("thumbnail", pa.binary()),  # 16×16 RGB, to tell near duplicates from mere likeness
+        ("image_text", pa.float32()),  # the given scorers' scores: the best caption's cosine with the picture
+        ("aesthetic", pa.float32()),
+        ("unsafe", pa.float32()),  # a probability, as is the next
+        ("watermark", pa.float32()),
+        ("captions", pa.list_(pa.string())),  # as they were found
+        ("url", pa.string()),
         ("row", pa.int32()),  # row in the curated shard; null where it never got there
     ]
 )
+
+SCORES = pa.schema(
+    [
+        ("row", pa.int32()),
+        *(LEDGER.field(name) for name in ("image_text", "aesthetic", "unsafe", "watermark")),
+        ("embedding", pa.list_(pa.float16())),  # of the picture, where a CLIP was given
+    ]
+)
+"""What the given scorers made of one curated shard."""
+
+THUMBNAIL = 16
+THUMBNAILS = pa.schema([("thumbnail", pa.binary(3 * THUMBNAIL**2))])
+"""16×16 RGB of each curated row, in its order: tells near duplicates from mere likeness. All zero where there is no
+picture."""
 
 SELECTION = pa.schema([("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 """Rows of one curated shard that later decisions leave out."""

@@ -56,6 +56,8 @@ def with_overrides(settings: AnySettings, overrides: dict[str, str]) -> AnySetti
         return type(settings).model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # one of ours: settings that contradict each other
+            raise SettingError(first["msg"].removeprefix("Value error, ")) from None
         place = ".".join(str(part) for part in first["loc"])
         raise SettingError(f"setting {place} cannot be {first['input']!r}: {first['msg']}") from None
 

@@ -93,10 +93,10 @@ def open_arrow(path: str) -> pa.ipc.RecordBatchFileReader:
     return pa.ipc.open_file(pa.memory_map(str(local)))
 
 
-def remove(folder: str) -> None:
-    """A local or remote folder with all that is in it, if it is there."""
-    fs, plain = url_to_fs(str(folder))
-    if isinstance(fs, LocalFileSystem):
+def remove(path: str) -> None:
+    """A local or remote file, or a folder with all that is in it, if it is there."""
+    fs, plain = url_to_fs(str(path))
+    if isinstance(fs, LocalFileSystem) and os.path.isdir(plain):
         shutil.rmtree(plain, ignore_errors=True)
     elif fs.exists(plain):
         fs.rm(plain, recursive=True)

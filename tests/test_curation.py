@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image, ImageFilter
 
+from jobs.recipes import load
 from jobs.world.shards import PLANTED, World, write_world
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation import ledger
+from pipelines.curation.curate import Curation, Watch, curate, curate_shards
 from pipelines.curation.decode import Pictures, judge
-from pipelines.curation.filters import HeaderStats, Limits, caption_stats, judge_caption, judge_header, masked
+from pipelines.curation.filters import (
+    HeaderStats,
+    Limits,
+    caption_stats,
+    is_blocked,
+    judge_caption,
+    judge_header,
+    masked,
+)
+from pipelines.curation.rethreshold import rethreshold
 from pipelines.curation.sources import RawSample, find_shards, read_sample, read_shard
 from pipelines.settings import OwlError
+
+DRAWN = load("demo_small").curation
+"""Settings for drawn scenes, where a shape that moved a little makes another picture."""
 
 
 @pytest.fixture(scope="module")
 def curated(cluster, world, tmp_path_factory):
     output = str(tmp_path_factory.mktemp("curated") / "pairs")
-    return output, curate([f"{world}/raw/pairs"], output, Curation())
+    return output, curate([f"{world}/raw/pairs"], output, DRAWN)
 
 
 def ledger_rows(output: str) -> list[dict]:
@@ -62,13 +80,13 @@ def test_shards_open_with_plain_readers(curated):
 def test_a_second_run_changes_nothing(curated, world):
     output, manifest = curated
     before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(f"{output}/shards")}
-    assert curate([f"{world}/raw/pairs"], output, Curation()) == manifest
+    assert curate([f"{world}/raw/pairs"], output, DRAWN) == manifest
     assert before == {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(f"{output}/shards")}
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(curated, world):
     with pytest.raises(OwlError, match=r"limits.min_words 2 → 3"):
-        curate([f"{world}/raw/pairs"], curated[0], Curation(limits=Limits(min_words=3)))
+        curate([f"{world}/raw/pairs"], curated[0], DRAWN.model_copy(update={"limits": Limits(min_words=3)}))
 
 
 def test_a_file_that_is_no_shard_is_named_after_the_others_are_done(cluster, world, tmp_path):
@@ -211,3 +229,82 @@ def test_killed_and_run_again_equals_undisturbed(world, tmp_path):
             else:
                 assert pq.read_table(other).equals(pq.read_table(entry.path))
     assert not list((tmp_path / "killed").rglob("*.partial"))
+
+
+def tar_of(path: Path, samples: list[tuple[str, bytes, str]], **fields) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, data, caption in samples:
+            described = json.dumps({"caption": caption, **fields}).encode()
+            for name, content in ((f"{key}.jpg", data), (f"{key}.json", described)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def noise(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_blocklists_hold_domains_and_hashes(cluster, tmp_path):
+    tar_of(tmp_path / "a.tar", [("1", noise(1), "a dog runs")], url="https://img.Bad.example/1.jpg")
+    tar_of(tmp_path / "b.tar", [("2", noise(2), "a dog runs"), ("3", noise(3), "a dog")], url="https://notbad.example")
+    (tmp_path / "list.txt").write_text(f"bad.example\n{hashlib.sha256(noise(2)).hexdigest()}\n")
+    limits = Limits(blocklists=[f"{tmp_path}/list.txt"])
+    manifest = curate([f"{tmp_path}/*.tar"], f"{tmp_path}/out", Curation(limits=limits))
+    assert {row["key"]: row["reason"] for row in ledger_rows(f"{tmp_path}/out")} == {
+        "1": "blocked",
+        "2": "blocked",
+        "3": None,
+    }
+    assert manifest["dropped"] == {"blocked": 2}
+    assert rethreshold(f"{tmp_path}/out", Limits())["kept"] == 3
+    (tmp_path / "bad.txt").write_text("not a domain!\n")
+    with pytest.raises(OwlError, match="neither a domain nor a sha256"):
+        is_blocked("https://x.org", (), Limits(blocklists=[f"{tmp_path}/bad.txt"]))
+
+
+def test_a_shard_that_kills_its_worker_is_set_aside(cluster, tmp_path):
+    """The picture's decoder ends the process, as a crash in a C library would; the other shards are done."""
+    for number in range(6):
+        tar_of(tmp_path / f"{number}.tar", [(f"{number}", noise(number), "a dog runs")])
+    poison = f"{tmp_path}/3.tar"
+    shards = {f"s{n}": f"{tmp_path}/{n}.tar" for n in range(6)}
+    watch = Watch.remote(0, 0.2, 3)
+    work = pa.table({"shard": list(shards), "path": list(shards.values())})
+
+    @ray.remote(num_cpus=1, max_retries=-1)
+    def one_task():
+        def write(output, shard, raw, rows):
+            if raw == poison:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(output, shard, raw, rows)
+
+        real = ledger.write_shard
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ledger, "write_shard", write)
+            return curate_shards(work, f"{tmp_path}/out", Curation(), watch).to_pylist()
+
+    aside = ray.get(one_task.remote(), timeout=120)
+    assert aside == [{"shard": "s3", "why": f"raw shard {poison} took its worker down 3 times"}]
+    assert ledger.finished(f"{tmp_path}/out") == set(shards) - {"s3"}
+    assert ray.get(watch.read.remote())[0] == 5
+
+
+def test_unreadable_shards_may_be_allowed(cluster, tmp_path):
+    tar_of(tmp_path / "good.tar", [("1", noise(1), "a dog runs")])
+    (tmp_path / "bad.tar").write_bytes(b"this is no tar" * 100)
+    manifest = curate([f"{tmp_path}/*.tar"], f"{tmp_path}/out", Curation(max_set_aside=1))
+    assert manifest["kept"] == 1
+    assert [why for why in manifest["set_aside"].values() if "bad.tar cannot be read" in why]
+
+
+def test_a_damaged_input_stops_early(cluster, tmp_path):
+    for number in range(40):
+        samples = [(f"{number}-{n}", b"<html>", "a dog runs") for n in range(100)]
+        tar_of(tmp_path / f"{number:02d}.tar", samples)
+    with pytest.raises(OwlError, match=r"of .* samples are damaged, more than max_error_rate 0.2 allows"):
+        curate([f"{tmp_path}/*.tar"], f"{tmp_path}/out", Curation())
+    assert 10 <= len(os.listdir(f"{tmp_path}/out/markers")) < 40

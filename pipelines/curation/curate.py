@@ -2,66 +2,95 @@
 
 A raw shard is the unit of work and of resume. One task reads it sample by sample, judges each, writes the fit ones as
 Arrow while it goes, every one into the ledger, and a marker last; so no picture ever passes between tasks, and a rerun
-takes the work list minus the markers. What Ray Data moves are the shards' names, and what became of them.
+takes the work list minus the markers. What Ray Data moves are the shards' names. Scores, duplicates and thresholds that
+move are later verdicts (`verdicts.py`).
 """
 
 from __future__ import annotations
 
-import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 
 import pyarrow as pa
 import ray
 import ray.data
+from pydantic import model_validator
 
 from pipelines import storage
 from pipelines.curation import ledger
 from pipelines.curation.decode import Pictures, judge
-from pipelines.curation.dedup import Deduplication, find_duplicates
-from pipelines.curation.filters import Limits
+from pipelines.curation.filters import SCORE_LIMITS, Limits
+from pipelines.curation.likeness import Deduplication
 from pipelines.curation.report import write_report
+from pipelines.curation.scoring import Scoring, refuse_missing, score
 from pipelines.curation.sources import UnreadableShard, find_shards, read_shard
+from pipelines.curation.verdicts import settle
 from pipelines.progress import progress
 from pipelines.settings import OwlError, Settings, differences
-
-log = logging.getLogger(__name__)
 
 
 class Curation(Settings):
     """What a curated dataset is made of and held to."""
 
     limits: Limits = Limits()
-    """Thresholds of the caption and picture filters."""
+    """Thresholds of the caption and picture filters, and of scores."""
     pictures: Pictures = Pictures()
     """What is stored of a picture."""
+    scoring: Scoring = Scoring()
+    """Models that score what was stored."""
     deduplication: Deduplication | None = Deduplication()
     """How duplicates are found; None keeps them."""
     max_error_rate: float = 0.2
-    """The job stops without a manifest if more than this share of all samples is undecodable or malformed."""
+    """The job stops without a manifest if more than this share of all samples is undecodable or malformed; it looks
+    from the thousandth sample on."""
+    max_tries: int = 3
+    """A raw shard that took its worker process down this often is set aside."""
+    max_set_aside: int = 0
+    """Raw shards that may be unreadable or set aside before the job ends without a manifest."""
+
+    @model_validator(mode="after")
+    def scores_come_from_somewhere(self) -> Curation:
+        for name, limit in SCORE_LIMITS.items():
+            if getattr(self.limits, limit) is not None and not getattr(self.scoring, name):
+                raise ValueError(f"limits.{limit} asks for a score that scoring.{name} must give")
+        asked = self.deduplication
+        needs = asked and (
+            "semantic" if asked.semantic is not None else "keep=score" if asked.keep == "score" else None
+        )
+        if needs and not self.scoring.image_text:
+            raise ValueError(f"deduplication.{needs} needs scoring.image_text")
+        if self.scoring.aesthetic and not self.scoring.image_text:
+            raise ValueError("scoring.aesthetic is a head on scoring.image_text's embedding, which is not given")
+        return self
 
 
 def curate(raw: list[str], output: str, settings: Curation) -> dict:
     """Curates the raw shards that ``raw`` names into the folder ``output``; returns the manifest.
 
     Shards finished by an earlier run are not touched again. Raises OwlError where the folder was made with other
-    settings, where a shard is unreadable (after finishing all others), or where too much of the input is damaged.
+    settings, where more shards than allowed cannot be used (after finishing all others), or where too much of the
+    input is damaged.
     """
     began = time.monotonic()
+    refuse_missing(settings.scoring)
     shards = {ledger.shard_id(path): path for path in find_shards(raw)}
     refuse_other_settings(output, settings)
-    todo = {shard: path for shard, path in shards.items() if shard not in ledger.finished(output)}
-    if todo:
-        unreadable = judge_and_write(todo, len(shards), output, settings)
-        if unreadable:
-            raise OwlError(f"{len(unreadable)} of {len(shards)} raw shards could not be used: {unreadable[0]}")
+    done = ledger.finished(output)
+    todo = {shard: path for shard, path in shards.items() if shard not in done}
     manifest_path = f"{output}/manifest.json"
     if not todo and storage.exists(manifest_path):
         manifest = storage.read_json(manifest_path)
         if [entry["shard"] for entry in manifest["shards"]] == sorted(shards):
             return manifest
-    entries = settle_duplicates(output, sorted(shards), settings)
+    aside = judge_and_write(todo, len(shards), output, settings) if todo else {}
+    if len(aside) > settings.max_set_aside:
+        raise OwlError(f"{len(aside)} of {len(shards)} raw shards could not be used: {next(iter(aside.values()))}")
+    good = sorted(shards.keys() - aside.keys())
+    if settings.scoring.wanted:
+        score(output, good, settings.scoring)
+    entries = settle(output, good, settings)
     ledger.check_books(entries)
     counted = ledger.total(entries)
     refuse_damage(counted, settings.max_error_rate)
@@ -70,6 +99,7 @@ def curate(raw: list[str], output: str, settings: Curation) -> dict:
         "versions": {name: version(name) for name in ("owl-vlm", "ray", "pyarrow", "pillow")},
         "seconds": round(time.monotonic() - began, 1),
         **counted,
+        "set_aside": aside,
         "shards": entries,
     }
     write_report(f"{output}/report.html", output, manifest)
@@ -77,40 +107,87 @@ def curate(raw: list[str], output: str, settings: Curation) -> dict:
     return manifest
 
 
-def judge_and_write(todo: dict[str, str], total: int, output: str, settings: Curation) -> list[str]:
-    """Runs the Ray Data job over the raw shards in ``todo``; returns what is wrong with those that are unreadable."""
+def judge_and_write(todo: dict[str, str], total: int, output: str, settings: Curation) -> dict[str, str]:
+    """Runs the Ray Data job over the raw shards in ``todo``; returns those that could not be used, and why. Raises
+    OwlError where it was stopped by too much damage."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts shards and samples
     work = [{"shard": shard, "path": path} for shard, path in todo.items()]
     tasks = min(len(work), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1))))
-    with progress("curate", total, "shards", done=total - len(todo)) as counter:
-        given = {"output": output, "settings": settings.model_dump(), "counter": counter}
+    watch = Watch.remote(total - len(todo), settings.max_error_rate, settings.max_tries)  # type: ignore[attr-defined]
+    with progress("curate", total, "shards", counter=watch):
+        given = {"output": output, "settings": settings, "watch": watch}
         written = ray.data.from_items(work, override_num_blocks=tasks).map_batches(
             curate_shards, batch_size=None, batch_format="pyarrow", fn_kwargs=given
         )
-        return [row["unreadable"] for row in written.iter_rows() if row["unreadable"] is not None]
+        aside = {row["shard"]: row["why"] for row in written.iter_rows() if row["why"] is not None}
+        refuse_damage(ray.get(watch.seen.remote()), settings.max_error_rate)
+        return aside
 
 
 TASKS_PER_CPU = 64
 """Raw shards are spread over this many tasks for each CPU: enough to share the work evenly, few enough that tiny
 shards do not spend their time in scheduling."""
+SOON = 1000
+"""Samples from which the share of damaged ones is looked at."""
 
 
-def curate_shards(work: pa.Table, output: str, settings: dict, counter: ray.actor.ActorHandle) -> pa.Table:
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class Watch:
+    """Knows which shards were begun how often, and what came of all: so a shard that kills whoever opens it is set
+    aside, and a job whose input is damaged stops early. One small message a shard."""
+
+    def __init__(self, done: int, max_error_rate: float, max_tries: int):
+        self.done, self.max_error_rate, self.max_tries = done, max_error_rate, max_tries
+        self.text = ""
+        self.begun: Counter = Counter()
+        self.total: dict = {"in": 0, "kept": 0, "dropped": {}}
+
+    def begin(self, shard: str, finished: dict | None) -> str:
+        """What a worker shall do with its next shard, when it is through with another: "go on", "set aside", "stop"."""
+        if finished:
+            self.end(finished)
+        if self.total["in"] >= SOON and damaged(self.total) > self.max_error_rate * self.total["in"]:
+            return "stop"
+        self.begun[shard] += 1
+        return "go on" if self.begun[shard] <= self.max_tries else "set aside"
+
+    def end(self, marker: dict) -> None:
+        self.begun.pop(marker["shard"], None)
+        self.done += 1
+        self.text = f"{marker['kept']} of {marker['in']} kept in {marker['shard']}"
+        self.total = ledger.total([self.total, marker])
+
+    def read(self) -> tuple[int, str]:
+        return self.done, self.text
+
+    def seen(self) -> dict:
+        return self.total
+
+
+def curate_shards(work: pa.Table, output: str, settings: Curation, watch: ray.actor.ActorHandle) -> pa.Table:
     """Curates some raw shards, one after another; those with a marker were done by an earlier try of this task."""
-    rules = Curation(**settings)
-    unreadable: list[str | None] = []
+    aside: list[dict] = []
+    marker = None
     for item in work.to_pylist():
         shard = item["shard"]
         if storage.exists(f"{output}/markers/{shard}.json"):
             continue
-        try:
-            marker = ledger.write_shard(output, shard, item["path"], judged(item["path"], rules))
-        except UnreadableShard as error:
-            unreadable.append(str(error))
+        order = ray.get(watch.begin.remote(shard, marker))
+        marker = None
+        if order == "stop":
+            break
+        if order == "set aside":
+            why = f"raw shard {item['path']} took its worker down {settings.max_tries} times"
+            aside.append({"shard": shard, "why": why})
             continue
-        counter.advance.remote(1, f"{marker['kept']} of {marker['in']} kept in {shard}")
-    return pa.table({"unreadable": pa.array(unreadable, pa.string())})
+        try:
+            marker = ledger.write_shard(output, shard, item["path"], judged(item["path"], settings))
+        except UnreadableShard as error:
+            aside.append({"shard": shard, "why": str(error)})
+    if marker:
+        ray.get(watch.end.remote(marker))
+    return pa.Table.from_pylist(aside, schema=pa.schema([("shard", pa.string()), ("why", pa.string())]))
 
 
 def judged(path: str, rules: Curation) -> Iterator[dict]:
@@ -122,23 +199,6 @@ def judged(path: str, rules: Curation) -> Iterator[dict]:
         yield judge(sample, rules.limits, rules.pictures, marked)
     if empty:
         raise UnreadableShard(f"raw shard {path} holds no sample")
-
-
-def settle_duplicates(output: str, shards: list[str], settings: Curation) -> list[dict]:
-    """Decides on duplicates and enters the decisions; returns one entry of the books for each shard."""
-    markers = {shard: storage.read_json(f"{output}/markers/{shard}.json") for shard in shards}
-    if settings.deduplication is None:
-        return list(markers.values())
-    pictures = sum(marker["kept"] for marker in markers.values())
-    blocks = max(1, pictures // 200_000)
-    duplicates = find_duplicates(output, shards, settings.deduplication, blocks)
-    return ray.get([enter_duplicates.remote(output, shard, duplicates[shard]) for shard in shards])
-
-
-@ray.remote(num_cpus=0.5)
-def enter_duplicates(output: str, shard: str, duplicates: list[dict]) -> dict:
-    decided = [{**item, "detail": f"kept instead: {item['kept_instead']}"} for item in duplicates]
-    return ledger.deselect(output, shard, decided, instead_of=("duplicate_exact", "duplicate_near"))
 
 
 def refuse_other_settings(output: str, settings: Curation) -> None:
@@ -162,10 +222,13 @@ def flat(settings: dict, prefix: str = "") -> dict:
 DAMAGE = ("image_corrupt", "image_truncated", "json_malformed", "messages_malformed", "image_missing")
 
 
+def damaged(counted: dict) -> int:
+    return sum(counted["dropped"].get(reason, 0) for reason in DAMAGE)
+
+
 def refuse_damage(counted: dict, most: float) -> None:
-    damaged = sum(counted["dropped"].get(reason, 0) for reason in DAMAGE)
-    if damaged > most * counted["in"]:
+    if damaged(counted) > most * counted["in"]:
         raise OwlError(
-            f"{damaged} of {counted['in']} samples are damaged, more than max_error_rate {most:g} allows: "
+            f"{damaged(counted)} of {counted['in']} samples are damaged, more than max_error_rate {most:g} allows: "
             f"{ {reason: counted['dropped'][reason] for reason in DAMAGE if reason in counted['dropped']} }"
         )

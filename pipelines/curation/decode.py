@@ -24,6 +24,7 @@ from pipelines.curation.filters import (
     HeaderStats,
     Limits,
     caption_stats,
+    is_blocked,
     judge_caption,
     judge_header,
     judge_pixels,
@@ -31,10 +32,9 @@ from pipelines.curation.filters import (
     pixel_stats,
 )
 from pipelines.curation.sources import RawSample
-from pipelines.records import images_in
+from pipelines.records import THUMBNAIL, images_in
 from pipelines.settings import Settings
 
-THUMBNAIL = 16
 HASHED_SIDE = 128
 """A picture that is kept as it is needs no more pixels than this on its shorter side, for its hashes."""
 COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]).astype(np.float32)  # the DCT's first rows
@@ -59,6 +59,9 @@ def judge(sample: RawSample, limits: Limits, pictures: Pictures, marked: bool) -
     """A row with the columns of LEDGER, and of CURATED where ``reason`` is None: the sample is fit. ``marked`` asks
     for what takes the pixels: hash and thumbnail, by which near duplicates are found, entropy and sharpness."""
     row: dict = {"key": sample.key, "source": sample.source, "reason": sample.reason, "detail": sample.detail}
+    row["captions"], row["url"] = sample.captions if sample.messages is None else None, sample.url
+    if row["reason"] is None and is_blocked(sample.url, (), limits):
+        row["reason"], row["detail"] = "blocked", sample.url
     if row["reason"] is None:
         row["reason"] = judge_words(sample, limits, row)
     if row["reason"] is None and sample.images:
@@ -108,6 +111,7 @@ def judge_image(data: bytes, limits: Limits, pictures: Pictures, marked: bool, r
     """Stored bytes of a fit picture; fills the picture's statistics in ``row``, its size as stored among them
     ("stored"). Raises ImageError otherwise."""
     row["bytes"], row["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    refuse_blocked(row, limits)
     header = open_header(data, limits.max_pixels)
     stats = HeaderStats(len(data), header.width, header.height, moves(header))
     row |= asdict(stats) | {"format": header.format}
@@ -123,14 +127,20 @@ def judge_image(data: bytes, limits: Limits, pictures: Pictures, marked: bool, r
     if not as_it_is:
         pixels = shrink(pixels, *header.size, pictures.short_side or 0)
         row["stored"] = pixels.shape[1::-1]
-    if marked or limits.min_entropy or limits.min_sharpness:
+    if marked or limits.min_entropy or limits.min_sharpness or limits.blocklists:
         image = Image.fromarray(pixels)
         row["phash"], row["thumbnail"], grey = fingerprints(image)
+        refuse_blocked(row, limits)
         seen = pixel_stats(image, grey)
         row |= asdict(seen)
         if reason := judge_pixels(seen, limits):
             raise ImageError(reason, f"entropy {seen.entropy:.2f} bits, sharpness {seen.sharpness:.1f}")
     return data if as_it_is else encode(pixels, pictures)
+
+
+def refuse_blocked(row: dict, limits: Limits) -> None:
+    if is_blocked(None, (row["sha256"], row.get("phash")), limits):
+        raise ImageError("blocked", f"sha256 {row['sha256']}, pHash {row.get('phash')}")
 
 
 def moves(header: Image.Image) -> bool:

@@ -1,217 +1,333 @@
-"""Duplicate pictures, found by moving keys and never pictures.
+"""Duplicates, found by moving keys and never pictures; `likeness.py` says what counts as alike.
 
-Two pictures are duplicates if their bytes are equal, or if their pHashes agree in 8 - ``radius`` of their eight bytes
-and their 16×16 thumbnails differ by at most ``colour`` grey levels on average and ``detail`` anywhere. The one that
-comes first stays: order is (shard, row), so the decision does not depend on how the work was spread.
+ledgers → marks ──spread by key──▶ meet ──by the better one's shard──▶ show ──by the other's shard──▶ enter
 
-The hash only finds candidates, by the pigeonhole principle (Manku, Jain, Das Sarma 2007, section 3): where at most
-``radius`` bits differ, at least 8 - radius bytes are equal; so every choice of that many bytes becomes a key, and a
-keyed exchange on Ray brings equal keys together. Each row is sent C(8, radius) times, 28 times at radius 6, at 28
-bytes. Of rows that share a key, pairs are compared where they meet first, by thumbnails read from the ledgers.
+Of two samples alike, the one that `Deduplication.keep` prefers stays, and the other is dropped, whether or not the one
+that stays is itself dropped in favour of a third. So a verdict depends on pairs alone, and not on how the work was
+spread. Samples of `earlier` and `apart_from` are always preferred.
+
+Memory: each of up to PARTS tasks holds a PARTS-th of the marks (32 bytes a picture) of one round, in four copies at
+worst; the driver holds references only, PARTS² at most. Rounds follow one another.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import combinations
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
-import ray.data
 
+from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.decode import THUMBNAIL
-from pipelines.settings import Settings
+from pipelines.curation.likeness import (
+    MATTERS,
+    REASONS,
+    Columns,
+    Deduplication,
+    alike_pictures,
+    asked_for,
+    centres,
+    jaccard,
+    nearest_centres,
+    plain,
+    preferences,
+)
+from pipelines.records import THUMBNAIL
 
-CHUNKS = 8
-MOST_LIKE = 256
-"""How many earlier rows of one key a row is compared with; more share a key only where pictures are blank."""
+PARTS = 256
+ROWS_A_PART = 1_000_000
+PLACE_BITS = 32
+PLACE = 2**PLACE_BITS - 1
+ALWAYS_KEPT = 2**62
+CENTRE_ROWS = 5000
+SAMPLED = 20_000
+
+
+class Book(NamedTuple):
+    """One shard's ledger. A sample's order is its book's rank and its place there."""
+
+    folder: str
+    shard: str
+
+
+def remove_duplicates(output: str, shards: list[str], kept: int, settings: Deduplication) -> list[dict]:
+    """Enters which of the ``kept`` rows of ``output`` are duplicates; returns each shard's entry of the books."""
+    others = [
+        (Book(folder, entry["shard"]), entry["kept"])
+        for folder in [*settings.apart_from, *settings.earlier]
+        for entry in ledger.manifest_of(folder)["shards"]
+    ]
+    plan = Plan(
+        [book for book, _ in others] + [Book(output, shard) for shard in shards],
+        parts=min(PARTS, -(-(kept + sum(rows for _, rows in others)) // ROWS_A_PART) or 1),
+        apart=sum(len(ledger.manifest_of(folder)["shards"]) for folder in settings.apart_from),
+        own=len(others),
+        settings=settings,
+    )
+    given = ray.put(plan)
+    found: list[list[ray.ObjectRef]] = [[] for _ in plan.groups]
+    for matter in asked_for(settings):
+        known = [look.remote(given, matter, group) for group in range(len(plan.groups))]
+        if matter == "meaning":
+            known = about_centres(known, plan)
+        for number in range(MATTERS[matter].rounds(settings)):
+            spreads = [scatter(spread, plan.parts, given, matter, number, marks) for marks in known]
+            met = [scatter(meet, len(plan.groups), given, matter, number, *part) for part in zip(*spreads, strict=True)]
+            ray.wait([pairs[0] for pairs in met], num_returns=len(met))
+            for group, pairs in enumerate(zip(*met, strict=True)):
+                found[group].extend(pairs)
+    shown = [scatter(show, len(plan.groups), given, group, *pairs) for group, pairs in enumerate(found)]
+    columns = list(zip(*shown, strict=True))
+    entered = [enter.remote(given, group, *columns[group]) for group in plan.own_groups()]
+    return [entry for entries in ray.get(entered) for entry in entries]
+
+
+class Plan:
+    """Which shards there are, and how the work is cut."""
+
+    def __init__(self, books: list[Book], parts: int, apart: int, own: int, settings: Deduplication):
+        self.books, self.parts, self.apart, self.own, self.settings = books, parts, apart, own, settings
+        self.groups = [*cut(0, own, parts), *cut(own, len(books), parts)]
+        """Ranges of ranks. None holds both other datasets' books and this one's."""
+
+    def own_groups(self) -> list[int]:
+        return [group for group, (first, _) in enumerate(self.groups) if first >= self.own]
+
+    def group_of(self, orders: np.ndarray) -> np.ndarray:
+        return np.searchsorted([end for _, end in self.groups], orders >> PLACE_BITS, side="right")
+
+
+def cut(first: int, end: int, parts: int) -> list[tuple[int, int]]:
+    edges = np.linspace(first, end, min(parts, end - first) + 1).astype(int).tolist()
+    return list(pairwise(edges))
+
+
+def scatter(task, count: int, *arguments) -> list[ray.ObjectRef]:
+    """References to the ``count`` results of a task."""
+    results = task.options(num_returns=count).remote(*arguments)
+    return results if count > 1 else [results]
+
+
+def results_of(tables: Sequence) -> Sequence:
+    """What a task of as many results returns."""
+    return tuple(tables) if len(tables) > 1 else tables[0]
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def taken(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: values[rows] for name, values in columns.items()}
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def look(plan: Plan, matter: str, group: int) -> Columns:
+    """The marks of a group's samples that are still in question, with their order and preference."""
+    columns, marks_of = MATTERS[matter].columns, MATTERS[matter].marks
+    found = []
+    first, end = plan.groups[group]
+    for rank in range(first, end):
+        table = candidates(plan.books[rank], columns, plan.settings.keep, own=rank >= plan.own)
+        rows, marks = marks_of(table)
+        order = (rank << PLACE_BITS) + table["place"].to_numpy()
+        wish = preferences(table, plan.settings.keep) if rank >= plan.own else np.full(len(table), ALWAYS_KEPT)
+        found.append({"order": order[rows], "preference": wish[rows], **marks})
+    return joined(found)
+
+
+def candidates(book: Book, columns: tuple[str, ...], keep: str, own: bool) -> pa.Table:
+    """A ledger's rows that no other reason has dropped; of another dataset's, those that were kept."""
+    wanted = {"row", "reason", *columns} | {"largest": {"width", "height"}, "score": {"image_text"}}.get(keep, set())
+    table = ledger.read_ledger(book.folder, book.shard, sorted(wanted - {"embedding"}))
+    if "embedding" in wanted:
+        table = table.append_column("embedding", ledger.embeddings(book.folder, book.shard, table["row"]))
+    table = table.append_column("place", pa.array(np.arange(len(table))))
+    still = pc.is_in(table["reason"], value_set=pa.array([None, *(REASONS if own else ())], pa.string()))
+    return table.filter(pc.and_(table["row"].is_valid(), still))
+
+
+def about_centres(known: list[ray.ObjectRef], plan: Plan) -> list[ray.ObjectRef]:
+    """Marks with the nearest of some centres, which are found in a sample of the embeddings."""
+    few = [sample.remote(marks, -(-SAMPLED // len(known))) for marks in known]
+    some = np.concatenate([vectors for vectors in ray.get(few) if len(vectors)] or [np.zeros((1, 1), np.float32)])
+    count = max(1, min(len(some) // 8, plan.parts * ROWS_A_PART // CENTRE_ROWS))
+    found = ray.put(centres(some, count))
+    return [with_nearest.remote(marks, found) for marks in known]
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def sample(marks: Columns, count: int) -> np.ndarray:
+    vectors = marks["vector"]
+    return vectors[np.linspace(0, len(vectors) - 1, min(count, len(vectors))).astype(int)]
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def with_nearest(marks: Columns, found: np.ndarray) -> Columns:
+    empty = np.zeros((0, 2), dtype=np.int64)
+    return {**marks, "nearest": nearest_centres(marks["vector"], found) if len(marks["vector"]) else empty}
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def spread(plan: Plan, matter: str, number: int, marks: Columns):
+    """A group's marks, cut by the key of one round."""
+    part = MATTERS[matter].key(marks, plan.settings, number) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+    part = (part % np.uint64(plan.parts)).astype(np.int64)
+    return results_of([taken(marks, np.flatnonzero(part == each)) for each in range(plan.parts)])
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def meet(plan: Plan, matter: str, number: int, *parts: Columns):
+    """Pairs of samples alike, or perhaps so, among those that share a key; cut by the better one's group."""
+    kind = MATTERS[matter]
+    marks = joined(parts)
+    rank = np.lexsort((marks["order"], -marks["preference"]))  # the better one comes first
+    marks = taken(marks, rank)
+    found = []
+    if "same" in marks:
+        _, firsts, which = np.unique(marks["same"], return_index=True, return_inverse=True)
+        others = np.flatnonzero(firsts[which] != np.arange(len(which)))
+        if number == 0:
+            found.append(pairs_of(marks, firsts[which[others]], others, REASONS.index(kind.same)))
+        marks = taken(marks, np.sort(firsts))
+    key = kind.key(marks, plan.settings, number)
+    for one, two in kind.pairs(marks, key, plan.settings):
+        found.append(pairs_of(marks, np.minimum(one, two), np.maximum(one, two), REASONS.index(kind.like)))
+    pairs = joined(found or [pairs_of(marks, np.zeros(0, int), np.zeros(0, int), 0)])
+    pairs = taken(pairs, np.flatnonzero(pairs["worse"] >> PLACE_BITS >= plan.own))
+    return by_group(plan, pairs, "better")
+
+
+def pairs_of(marks: Columns, better: np.ndarray, worse: np.ndarray, kind: int) -> Columns:
+    return {
+        "better": marks["order"][better],
+        "worse": marks["order"][worse],
+        "preference": marks["preference"][better],
+        "kind": np.full(len(better), kind, dtype=np.int8),
+    }
+
+
+def by_group(plan: Plan, pairs: Columns, side: str):
+    group = plan.group_of(pairs[side])
+    return results_of([taken(pairs, np.flatnonzero(group == each)) for each in range(len(plan.groups))])
+
+
+class Shown(NamedTuple):
+    """Pairs, and what their better ones look like: a key, and thumbnail or words where these must decide."""
+
+    pairs: Columns
+    keys: dict[int, str]
+    thumbnails: dict[int, bytes]
+    words: dict[int, str]
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def show(plan: Plan, group: int, *parts: Columns):
+    """Pairs whose better ones stand in this group, with what the others need to know of them; cut by their groups."""
+    pairs = once(joined(parts))
+    targets = plan.group_of(pairs["worse"])
+    out = []
+    for target in range(len(plan.groups)):
+        mine = taken(pairs, np.flatnonzero(targets == target))
+        keys = read(plan, mine, "better", "key")
+        thumbnails = read(plan, of_kind(mine, "duplicate_near"), "better", "thumbnail")
+        words = read(plan, of_kind(mine, "duplicate_caption_near"), "better", "words")
+        out.append(Shown(mine, keys, thumbnails, words))
+    return results_of(out)
+
+
+def once(pairs: Columns) -> Columns:
+    """Pairs that met in several rounds, once."""
+    order = np.lexsort((pairs["better"], pairs["worse"], pairs["kind"]))
+    pairs = taken(pairs, order)
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = np.any([np.diff(pairs[name]) != 0 for name in ("kind", "worse", "better")], axis=0)
+    return taken(pairs, np.flatnonzero(new))
+
+
+def of_kind(pairs: Columns, reason: str) -> Columns:
+    return taken(pairs, np.flatnonzero(pairs["kind"] == REASONS.index(reason)))
+
+
+def read(plan: Plan, pairs: Columns, side: str, what: str) -> dict:
+    """Order → key, thumbnail or words of the samples on one side of pairs. One ledger is held at a time."""
+    orders = np.unique(pairs[side])
+    found: dict = {}
+    for rank in np.unique(orders >> PLACE_BITS):
+        book = plan.books[rank]
+        mine = orders[orders >> PLACE_BITS == rank]
+        found.update(zip(mine.tolist(), READERS[what](book, mine & PLACE), strict=True))
+    return found
+
+
+def column_at(book: Book, places: np.ndarray, name: str) -> pa.Array:
+    return ledger.read_ledger(book.folder, book.shard, [name])[name].take(places)
+
+
+def thumbnails(book: Book, places: np.ndarray) -> list[bytes]:
+    column = storage.open_arrow(f"{book.folder}/thumbnails/{book.shard}.arrow").read_all()["thumbnail"]
+    return column.take(column_at(book, places, "row")).to_pylist()
+
+
+READERS: dict[str, Callable[[Book, np.ndarray], list]] = {
+    "key": lambda book, places: column_at(book, places, "key").to_pylist(),
+    "thumbnail": thumbnails,
+    "words": lambda book, places: [plain(captions) for captions in column_at(book, places, "captions").to_pylist()],
+}
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def enter(plan: Plan, group: int, *parts: Shown) -> list[dict]:
+    """Decides on the pairs whose worse ones stand in this group, and enters it; one entry of the books a shard."""
+    best: dict[int, tuple[int, int, int, str]] = {}
+    for part in parts:
+        pairs = taken(part.pairs, np.flatnonzero(decide(plan, part)))
+        for better, worse, preference, kind in zip(*(pairs[name].tolist() for name in PAIR), strict=True):
+            found = (kind, -preference, better, part.keys[better])
+            best[worse] = min(best.get(worse, found), found)
+    decided: dict[int, list[dict]] = defaultdict(list)
+    for order, (kind, _, better, key) in best.items():
+        rank = better >> PLACE_BITS
+        where = f" in {plan.books[rank].folder}" if rank < plan.own else ""
+        reason = "contaminated" if rank < plan.apart else REASONS[kind]
+        item = {"place": order & PLACE, "reason": reason, "detail": f"kept instead: {key}{where}"}
+        decided[order >> PLACE_BITS].append(item)
+    first, end = plan.groups[group]
+    return [
+        ledger.decide(plan.books[rank].folder, plan.books[rank].shard, decided[rank], instead_of=LATER)
+        for rank in range(first, end)
+    ]
+
+
+PAIR = ("better", "worse", "preference", "kind")
+LATER = (*REASONS, "contaminated")
+
+
+def decide(plan: Plan, part: Shown) -> np.ndarray:
+    """[N] whether the pairs are alike, where more than their meeting must decide."""
+    kinds, better, worse = (part.pairs[name] for name in ("kind", "better", "worse"))
+    alike = np.ones(len(kinds), dtype=bool)
+    near = np.flatnonzero(kinds == REASONS.index("duplicate_near"))
+    own = read(plan, taken(part.pairs, near), "worse", "thumbnail")
+    for start in range(0, len(near), AT_ONCE):
+        some = near[start : start + AT_ONCE]
+        first, second = (
+            np.frombuffer(b"".join(seen[o] for o in orders[some].tolist()), np.uint8).reshape(-1, 3 * THUMBNAIL**2)
+            for seen, orders in ((part.thumbnails, better), (own, worse))
+        )
+        alike[some] = alike_pictures(first, second, plan.settings)
+    near = np.flatnonzero(kinds == REASONS.index("duplicate_caption_near"))
+    words = read(plan, taken(part.pairs, near), "worse", "words")
+    for index in near:
+        likeness = jaccard(part.words[int(better[index])], words[int(worse[index])])
+        alike[index] = likeness >= plan.settings.caption_likeness
+    return alike
+
+
 AT_ONCE = 20_000
-"""Pairs whose thumbnails are compared at once: 30 MB."""
-
-
-class Deduplication(Settings):
-    radius: int = 6
-    """Bits of the 64-bit pHash that may differ between near duplicates without one being missed; 0 to 7."""
-    colour: float = 2.5
-    """Mean difference of the 16×16 thumbnails, in grey levels, up to which two pictures count as the same."""
-    detail: int = 12
-    """Largest difference of the thumbnails anywhere, likewise: a shape that moved a little is another picture."""
-
-
-KEYED = pa.schema(
-    [
-        ("bucket", pa.int32()),  # which choice of bytes, and those bytes
-        ("order", pa.int64()),  # rank of (shard, row): the smaller one stays
-        ("phash", pa.uint64()),
-        ("sha", pa.uint64()),  # the first 64 bits of sha256
-    ]
-)
-FOUND = pa.schema(
-    [
-        ("order", pa.int64()),
-        ("key", pa.string()),
-        ("reason", pa.string()),
-        ("kept_order", pa.int64()),
-        ("kept_instead", pa.string()),
-    ]
-)
-ROW_BITS = 32
-
-
-def find_duplicates(output: str, shards: list[str], settings: Deduplication, blocks: int) -> dict[str, list[dict]]:
-    """Shard id → its duplicate rows. ``blocks`` is how many parts the keys are exchanged into.
-
-    Only the duplicates themselves come back, never the keys.
-    """
-    work = [{"output": output, "shard": shard, "rank": rank} for rank, shard in enumerate(shards)]
-    keyed = ray.data.from_items(work, override_num_blocks=min(len(work), 4 * blocks)).map_batches(
-        keyed_rows, batch_format="pyarrow", fn_kwargs={"radius": settings.radius}
-    )
-    given = {"output": output, "shards": ray.put(shards), "settings": settings.model_dump()}
-    found = keyed.repartition(blocks, keys=["bucket"]).map_batches(
-        duplicates_within, batch_size=None, batch_format="pyarrow", fn_kwargs=given
-    )
-    best: dict[int, dict] = {}
-    for item in found.iter_rows():
-        # Exact before near, then the earliest: a picture may be like several.
-        if (before := best.get(item["order"])) is None or rank_of(item) < rank_of(before):
-            best[item["order"]] = item
-    by_shard: dict[str, list[dict]] = {shard: [] for shard in shards}
-    for order, item in best.items():
-        by_shard[shards[order >> ROW_BITS]].append({**item, "row": order & (2**ROW_BITS - 1)})
-    return by_shard
-
-
-def rank_of(item: dict) -> tuple[str, int]:
-    return item["reason"], item["kept_order"]
-
-
-def choices_of(radius: int) -> list[tuple[int, ...]]:
-    return list(combinations(range(CHUNKS), CHUNKS - radius))
-
-
-def keyed_rows(work: pa.Table, radius: int) -> pa.Table:
-    """The pictures of some shards, once for each of their keys."""
-    tables = []
-    for item in work.to_pylist():
-        table = ledger.read_ledger(item["output"], item["shard"], ["row", "sha256", "phash"])
-        table = table.filter(pa.compute.and_(table["row"].is_valid(), table["phash"].is_valid()))
-        if not len(table):
-            continue
-        hashes = np.array([int(value, 16) for value in table["phash"].to_pylist()], dtype=np.uint64)
-        sha = np.array([int(value[:16], 16) for value in table["sha256"].to_pylist()], dtype=np.uint64)
-        order = (item["rank"] << ROW_BITS) + table["row"].to_numpy().astype(np.int64)
-        for number, choice in enumerate(choices_of(radius)):
-            bucket = keys_of(hashes, choice, number)
-            tables.append(pa.table({"bucket": bucket, "order": order, "phash": hashes, "sha": sha}, schema=KEYED))
-    return pa.concat_tables(tables) if tables else KEYED.empty_table()
-
-
-def keys_of(hashes: np.ndarray, choice: tuple[int, ...], number: int) -> np.ndarray:
-    """[N] int32: the chosen bytes, mixed with the choice's number. Different bytes may share one; the pairs tell."""
-    mixed = np.full(len(hashes), number + 1, dtype=np.uint64)
-    for chunk in choice:
-        byte = hashes >> np.uint64(8 * chunk) & np.uint64(255)
-        mixed = (mixed * np.uint64(257) + byte) * np.uint64(0x9E3779B97F4A7C15)
-    return (mixed >> np.uint64(33)).astype(np.int32)
-
-
-def duplicates_within(table: pa.Table, output: str, shards: ray.ObjectRef, settings: dict) -> pa.Table:
-    """Duplicates among rows that share a bucket: sorted, every row is compared with those before it, lag by lag."""
-    if "bucket" not in table.column_names or not len(table):
-        return FOUND.empty_table()
-    table = table.sort_by([("bucket", "ascending"), ("order", "ascending")]).combine_chunks()
-    bucket, order, phash, sha = (table[name].to_numpy() for name in KEYED.names)
-    likeness = Likeness(output, ray.get(shards) if isinstance(shards, ray.ObjectRef) else shards, settings)
-    first = first_meeting(settings["radius"])
-    number = meeting_numbers(bucket, phash, settings["radius"])
-    best: dict[int, tuple[str, int]] = {}
-    for lag in range(1, MOST_LIKE + 1):
-        later = np.nonzero(bucket[lag:] == bucket[:-lag])[0] + lag
-        if not len(later):
-            break
-        earlier = later - lag
-        meets = first[equal_chunks(phash[later] ^ phash[earlier])] == number[later]
-        meets &= order[later] > order[earlier]  # where two choices share a key, a row is there twice
-        later, earlier = later[meets], earlier[meets]
-        same = sha[later] == sha[earlier]
-        like = same.copy()
-        like[~same] = likeness(order[later[~same]], order[earlier[~same]])
-        for row, other, exact in zip(order[later[like]], order[earlier[like]], same[like], strict=True):
-            rank = ("duplicate_exact" if exact else "duplicate_near", int(other))
-            if int(row) not in best or rank < best[int(row)]:
-                best[int(row)] = rank
-    rows = list(best)
-    return pa.table(
-        {
-            "order": rows,
-            "key": [likeness.key(row) for row in rows],
-            "reason": [best[row][0] for row in rows],
-            "kept_order": [best[row][1] for row in rows],
-            "kept_instead": [likeness.key(best[row][1]) for row in rows],
-        },
-        schema=FOUND,
-    )
-
-
-def equal_chunks(different: np.ndarray) -> np.ndarray:
-    """[N] XORs of two hashes → [N] bit masks of the bytes in which they agree."""
-    mask = np.zeros(len(different), dtype=np.int64)
-    for chunk in range(CHUNKS):
-        mask |= ((different >> np.uint64(8 * chunk) & np.uint64(255)) == 0).astype(np.int64) << chunk
-    return mask
-
-
-def first_meeting(radius: int) -> np.ndarray:
-    """[256]: for a mask of equal bytes, the first choice whose bytes are all among them; -1 for none."""
-    masks = [sum(1 << chunk for chunk in choice) for choice in choices_of(radius)]
-    return np.array([next((n for n, m in enumerate(masks) if m & mask == m), -1) for mask in range(256)])
-
-
-def meeting_numbers(bucket: np.ndarray, phash: np.ndarray, radius: int) -> np.ndarray:
-    """[N]: the number of the choice by which each row was sent here; -1 never occurs."""
-    number = np.full(len(bucket), -2)
-    for index, choice in enumerate(choices_of(radius)):
-        number[(number == -2) & (keys_of(phash, choice, index) == bucket)] = index
-    return number
-
-
-class Likeness:
-    """Compares pictures by their thumbnails, which it reads from the ledgers of the shards concerned."""
-
-    def __init__(self, output: str, shards: list[str], settings: dict):
-        self.settings = settings
-
-        @lru_cache(maxsize=512)
-        def read(rank: int) -> tuple[np.ndarray, list[str]]:
-            table = ledger.read_ledger(output, shards[rank], ["row", "key", "thumbnail"])
-            table = table.filter(table["row"].is_valid()).sort_by("row")
-            blank = bytes(3 * THUMBNAIL**2)
-            joined = b"".join(value or blank for value in table["thumbnail"].to_pylist())
-            return np.frombuffer(joined, dtype=np.uint8).reshape(len(table), -1), table["key"].to_pylist()
-
-        self.read = read
-
-    def __call__(self, later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
-        """[N] orders, twice → [N] whether they show the same."""
-        near = np.zeros(len(later), dtype=bool)
-        for start in range(0, len(later), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            apart = np.abs(self.thumbnails(later[part]) - self.thumbnails(earlier[part]))
-            near[part] = (apart.mean(axis=1) <= self.settings["colour"]) & (
-                apart.max(axis=1) <= self.settings["detail"]
-            )
-        return near
-
-    def thumbnails(self, orders: np.ndarray) -> np.ndarray:
-        found = np.empty((len(orders), 3 * THUMBNAIL**2), dtype=np.int16)
-        ranks = orders >> ROW_BITS
-        for rank in np.unique(ranks):
-            mine = ranks == rank
-            found[mine] = self.read(int(rank))[0][orders[mine] & (2**ROW_BITS - 1)]
-        return found
-
-    def key(self, order: int) -> str:
-        return self.read(order >> ROW_BITS)[1][order & (2**ROW_BITS - 1)]
+"""Pairs whose thumbnails are compared at once: 30 MB, and twice 60 as numbers."""

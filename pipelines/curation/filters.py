@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
+from pipelines import storage
 from pipelines.settings import OwlError, Settings
 
 REASONS = {
@@ -43,8 +45,17 @@ REASONS = {
     "image_animated": "the picture moves",
     "image_flat": "almost one colour",
     "image_blurred": "out of focus, or enlarged from something smaller",
-    "duplicate_exact": "the same bytes as an earlier picture",
-    "duplicate_near": "an earlier picture, encoded or sized anew",
+    "blocked": "its web address, or its picture, stands on a blocklist",
+    "score_image_text": "the caption does not tell of the picture, by the given CLIP",
+    "score_aesthetic": "less pleasing than the recipe asks for, by the given head",
+    "score_unsafe": "not safe, by the given classifier",
+    "score_watermark": "a watermark, by the given classifier",
+    "contaminated": "like a sample of a dataset that this one is kept apart from",
+    "duplicate_exact": "the same bytes as another picture",
+    "duplicate_near": "another picture, encoded, sized, lit or cut a little differently",
+    "duplicate_caption": "the same words as another sample's",
+    "duplicate_caption_near": "almost the same words as another sample's",
+    "duplicate_semantic": "the same in meaning as another picture, by the given CLIP",
 }
 
 
@@ -86,6 +97,17 @@ class Limits(Settings):
     """Least entropy of the grey values, in bits (0 for one colour, 8 at most)."""
     min_sharpness: float = 0.0
     """Least variance of the Laplacian, as stored: below some tens, a photograph is blurred."""
+    min_image_text: float | None = None
+    """Least cosine of picture and best caption by `scoring.image_text`; CLIP's good pairs begin at 0.25 to 0.3."""
+    min_aesthetic: float | None = None
+    """Least score by `scoring.aesthetic`; LAION's heads give 1 to 10."""
+    max_unsafe: float | None = None
+    """Largest probability by `scoring.unsafe`."""
+    max_watermark: float | None = None
+    """Largest probability by `scoring.watermark`."""
+    blocklists: list[str] = []
+    """Text files with one item a line that nothing here may be: a domain (with all below it), or a picture's sha256 (64
+    hexadecimal digits) or pHash (16)."""
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -230,6 +252,14 @@ class PixelStats:
     """Variance of the Laplacian of the grey picture as stored (Pech-Pacheco et al. 2000)."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    image_text: float | None = None
+    aesthetic: float | None = None
+    unsafe: float | None = None
+    watermark: float | None = None
+
+
 HeaderRule = Callable[[HeaderStats, Limits], bool]
 HEADER_RULES: tuple[tuple[str, HeaderRule], ...] = (
     ("image_light", lambda stats, limits: stats.bytes < limits.min_bytes),
@@ -247,6 +277,27 @@ PIXEL_RULES: tuple[tuple[str, PixelRule], ...] = (
 )
 
 
+SCORE_LIMITS = {
+    "image_text": "min_image_text",
+    "aesthetic": "min_aesthetic",
+    "unsafe": "max_unsafe",
+    "watermark": "max_watermark",
+}
+"""Each score's threshold."""
+ScoreRule = Callable[[Scores, Limits], bool]
+SCORE_RULES: tuple[tuple[str, ScoreRule], ...] = (
+    ("score_image_text", lambda scores, limits: below(scores.image_text, limits.min_image_text)),
+    ("score_aesthetic", lambda scores, limits: below(scores.aesthetic, limits.min_aesthetic)),
+    ("score_unsafe", lambda scores, limits: below(limits.max_unsafe, scores.unsafe)),
+    ("score_watermark", lambda scores, limits: below(limits.max_watermark, scores.watermark)),
+)
+
+
+def below(value: float | None, least: float | None) -> bool:
+    """Whether both are there, and the first is smaller."""
+    return value is not None and least is not None and value < least
+
+
 def judge_header(stats: HeaderStats, limits: Limits) -> str | None:
     """The reason to drop a picture by its header alone, or None."""
     return next((reason for reason, holds in HEADER_RULES if holds(stats, limits)), None)
@@ -255,6 +306,11 @@ def judge_header(stats: HeaderStats, limits: Limits) -> str | None:
 def judge_pixels(stats: PixelStats, limits: Limits) -> str | None:
     """The reason to drop a decoded picture, or None."""
     return next((reason for reason, holds in PIXEL_RULES if holds(stats, limits)), None)
+
+
+def judge_scores(scores: Scores, limits: Limits) -> str | None:
+    """The reason to drop a scored sample, or None."""
+    return next((reason for reason, holds in SCORE_RULES if holds(scores, limits)), None)
 
 
 def pixel_stats(image: Image.Image, small_grey: np.ndarray) -> PixelStats:
@@ -268,3 +324,32 @@ def pixel_stats(image: Image.Image, small_grey: np.ndarray) -> PixelStats:
     flat = laplacian.ravel().astype(np.float32)
     variance = float(flat @ flat / flat.size - flat.mean() ** 2) if flat.size else 0.0
     return PixelStats(float(-(shares * np.log2(shares)).sum()), variance)
+
+
+# --- blocklists ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def blocked_items(paths: tuple[str, ...]) -> frozenset[str]:
+    """All lines of some blocklists. Raises OwlError for a line that is neither a domain nor a hash."""
+    items: set[str] = set()
+    for path in paths:
+        with storage.open_read(path) as file:
+            for line in file.read().decode().split():
+                if not BLOCKABLE.fullmatch(line):
+                    raise OwlError(f"blocklist {path} has {line!r}, which is neither a domain nor a sha256 nor a pHash")
+                items.add(line.lower())
+    return frozenset(items)
+
+
+BLOCKABLE = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{16}|[\w-]+(\.[\w-]+)+")
+
+
+def is_blocked(url: str | None, hashes: Iterable[str | None], limits: Limits) -> bool:
+    """Whether a sample's address or one of its picture's hashes stands on a blocklist."""
+    if not limits.blocklists:
+        return False
+    items = blocked_items(tuple(limits.blocklists))
+    host = (urlsplit(url).hostname or "") if url else ""
+    parts = host.split(".")
+    return any(".".join(parts[first:]) in items for first in range(len(parts))) or any(h in items for h in hashes)

@@ -1,6 +1,6 @@
 """The books of a curated dataset: one ledger row for every raw sample, one marker for every finished raw shard.
 
-shards/ID.arrow  ledger/ID.parquet  selection/ID.parquet  markers/ID.json      ID names the raw shard
+shards/ID.arrow  thumbnails/ID.arrow  ledger/ID.parquet  selection/ID.parquet  markers/ID.json      ID: the raw shard
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.records import CURATED, LEDGER, SELECTION
+from pipelines.records import CURATED, LEDGER, SCORES, SELECTION, THUMBNAILS
 from pipelines.settings import OwlError
+
+BLANK = bytes(THUMBNAILS.field("thumbnail").type.byte_width)
 
 
 def shard_id(path: str) -> str:
@@ -32,29 +35,54 @@ def finished(output: str) -> set[str]:
 
 
 def write_shard(output: str, shard: str, raw: str, rows: Iterable[dict]) -> dict:
-    """Writes a raw shard's curated Arrow as its rows come, then its ledger, then the marker. Returns the marker. Only
-    one record batch of pictures is held at a time."""
+    """Writes a raw shard's curated Arrow as its rows come, then thumbnails and ledger, then the marker. Returns the
+    marker. Only one record batch of pictures is held at a time."""
     books: list[dict] = []
     kept: list[dict] = []
-    number = 0
+    thumbnails: list[bytes] = []
     with storage.open_write(f"{output}/shards/{shard}.arrow") as file, pa.ipc.new_file(file, CURATED) as writer:
         for row in rows:
             row["verdict"] = "dropped"
             if row["reason"] is None:
-                row["verdict"], row["row"] = "kept", number
-                number += 1
-                width, height = row.get("stored") or (None, None)
-                kept.append({**row, "width": width, "height": height})
+                row["verdict"], row["row"] = "kept", len(thumbnails)
+                thumbnails.append(row.get("thumbnail") or BLANK)
+                kept.append(curated_row(row))
             books.append({name: row.get(name) for name in LEDGER.names})
             if len(kept) == storage.BATCH_ROWS:
                 writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
                 kept.clear()
         if kept:
             writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
+    table = pa.table({"thumbnail": thumbnails}, schema=THUMBNAILS)
+    storage.write_arrow(f"{output}/thumbnails/{shard}.arrow", table)
     write_ledger(output, shard, pa.Table.from_pylist(books, schema=LEDGER))
     marker = {"shard": shard, "raw": raw, "in": len(books), **counts([row["reason"] for row in books])}
     storage.write_json(f"{output}/markers/{shard}.json", marker)
     return marker
+
+
+def curated_row(row: dict) -> dict:
+    """A judged row with the picture's size as it is stored, where the ledger has it as declared."""
+    width, height = row.get("stored") or (None, None)
+    return {**row, "width": width, "height": height}
+
+
+def append_rows(output: str, shard: str, rows: list[dict]) -> None:
+    """Adds judged rows to a curated shard and its thumbnails: both are copied, and replaced whole. Until the ledger
+    names them, nobody looks at the new rows."""
+    added = {
+        "shards": pa.RecordBatch.from_pylist([curated_row(row) for row in rows], schema=CURATED),
+        "thumbnails": pa.RecordBatch.from_pylist(
+            [{"thumbnail": row.get("thumbnail") or BLANK} for row in rows], schema=THUMBNAILS
+        ),
+    }
+    for folder, batch in added.items():
+        path = f"{output}/{folder}/{shard}.arrow"
+        reader = storage.open_arrow(path)
+        with storage.open_write(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
+            for index in range(reader.num_record_batches):
+                writer.write_batch(reader.get_batch(index))
+            writer.write_batch(batch)
 
 
 def counts(reasons: list[str | None]) -> dict[str, Any]:
@@ -69,9 +97,27 @@ def manifest_of(output: str) -> dict[str, Any]:
     return storage.read_json(f"{output}/manifest.json")
 
 
-def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:
-    with storage.open_read(f"{output}/ledger/{shard}.parquet") as file:
+def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
+    with storage.open_read(path) as file:
         return pq.read_table(file, columns=columns)
+
+
+def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:
+    return read_parquet(f"{output}/ledger/{shard}.parquet", columns)
+
+
+def embeddings(output: str, shard: str, rows: pa.ChunkedArray) -> pa.Array:
+    """The picture's embedding of each ledger row; null where it was not scored."""
+    path = f"{output}/scores/{shard}.parquet"
+    if not storage.exists(path):
+        return pa.nulls(len(rows), SCORES.field("embedding").type)
+    scores = read_parquet(path, ["row", "embedding"])
+    return scores["embedding"].combine_chunks().take(places_of(rows, scores["row"]))
+
+
+def places_of(rows: pa.ChunkedArray, among: pa.ChunkedArray) -> pa.Array:
+    """Where each of ``rows`` stands in ``among``; null where it does not, or is null."""
+    return pc.index_in(rows.combine_chunks(), value_set=among.combine_chunks(), skip_nulls=True)
 
 
 def write_ledger(output: str, shard: str, table: pa.Table) -> None:
@@ -79,29 +125,35 @@ def write_ledger(output: str, shard: str, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def deselect(output: str, shard: str, decided: list[dict], instead_of: Collection[str] = ()) -> dict:
-    """Enters later decisions on one shard's curated rows, each {"row", "key", "reason", "detail"}: verdicts into its
-    ledger, rows into its selection; the Arrow shard stays as it is. Earlier decisions for the reasons ``instead_of``
-    are taken back first, so that this can be repeated. Returns the shard's entry of the books."""
+def decide(output: str, shard: str, decided: list[dict], instead_of: Collection[str]) -> dict:
+    """Enters later decisions on one shard's curated rows, each {"place" in the ledger, "reason", "detail"}: verdicts
+    into its ledger, rows into its selection; the Arrow shard stays as it is. Earlier decisions for the reasons
+    ``instead_of`` are taken back, so that this can be repeated. Returns the shard's entry of the books."""
     table = read_ledger(output, shard)
-    reasons, details, rows = (table[name].to_pylist() for name in ("reason", "detail", "row"))
-    by_row = {item["row"]: item for item in decided}
-    for index, row in enumerate(rows):
-        if row is None:
-            continue
-        if reasons[index] in instead_of:
-            reasons[index] = details[index] = None
-        if found := by_row.get(row):
-            reasons[index], details[index] = found["reason"], found["detail"]
-    verdicts = ["kept" if reason is None else "dropped" for reason in reasons]
-    for name, values in (("verdict", verdicts), ("reason", reasons), ("detail", details)):
-        table = table.set_column(table.schema.get_field_index(name), LEDGER.field(name), pa.array(values, pa.string()))
-    write_ledger(output, shard, table)
+    before = pc.and_(table["row"].is_valid(), pc.is_in(table["reason"], value_set=pa.array(instead_of, pa.string())))
+    if decided or pc.any(before).as_py():
+        in_order = sorted(decided, key=lambda item: item["place"])
+        mask = np.zeros(len(table), dtype=bool)
+        mask[[item["place"] for item in in_order]] = True
+        for name in ("reason", "detail"):
+            column = pc.if_else(before, pa.scalar(None, pa.string()), table[name])
+            new = pa.array([item[name] for item in in_order], pa.string())
+            table = set_column(table, name, pc.replace_with_mask(column.combine_chunks(), pa.array(mask), new))
+        table = set_column(table, "verdict", pc.if_else(table["reason"].is_null(), "kept", "dropped"))
+        write_ledger(output, shard, table)
+        write_selection(output, shard, table)
+    marker = storage.read_json(f"{output}/markers/{shard}.json")
+    return {"shard": shard, "raw": marker["raw"], "in": len(table), **counts(table["reason"].to_pylist())}
+
+
+def set_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), LEDGER.field(name), column)
+
+
+def write_selection(output: str, shard: str, table: pa.Table) -> None:
     out = pc.and_(table["row"].is_valid(), table["reason"].is_valid())
     with storage.open_write(f"{output}/selection/{shard}.parquet") as file:
         pq.write_table(table.filter(out).select(SELECTION.names).cast(SELECTION), file)
-    marker = storage.read_json(f"{output}/markers/{shard}.json")
-    return {"shard": shard, "raw": marker["raw"], "in": len(reasons), **counts(reasons)}
 
 
 def selected_rows(output: str, shard: str) -> pa.Array | None:
@@ -109,8 +161,7 @@ def selected_rows(output: str, shard: str) -> pa.Array | None:
     path = f"{output}/selection/{shard}.parquet"
     if not storage.exists(path):
         return None
-    with storage.open_read(path) as file:
-        return pq.read_table(file, columns=["row"])["row"].combine_chunks()
+    return read_parquet(path, ["row"])["row"].combine_chunks()
 
 
 def check_books(entries: list[dict]) -> None:

@@ -24,6 +24,7 @@ from pipelines.settings import OwlError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 IMAGE_COLUMNS = ("image", "jpg", "image_bytes")
 CAPTION_COLUMNS = ("caption", "captions", "text", "TEXT")
+URL_COLUMNS = ("url", "URL", "image_url")
 
 
 class UnreadableShard(OwlError):
@@ -39,6 +40,7 @@ class RawSample:
     images: list[bytes] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     messages: list[dict] | None = None
+    url: str | None = None
     reason: str | None = None
     detail: str | None = None
 
@@ -142,14 +144,20 @@ def add_member(sample: RawSample, extension: str, data: bytes) -> None:
 
 def add_fields(sample: RawSample, fields: dict) -> None:
     """Captions or a conversation from a sample's JSON; more captions than one replace the single one of its .txt."""
+    sample.url = text_of(fields["url"]) if fields.get("url") else None
     if fields.get("messages"):
         sample.messages = to_arrow_messages(fields["messages"])
     elif fields.get("conversations"):
         sample.messages = to_arrow_messages(from_llava(fields["conversations"]))
     elif fields.get("captions"):
-        sample.captions = [str(caption) for caption in fields["captions"]]
+        sample.captions = [text_of(caption) for caption in fields["captions"]]
     elif fields.get("caption") is not None and not sample.captions:
-        sample.captions = [str(fields["caption"])]
+        sample.captions = [text_of(fields["caption"])]
+
+
+def text_of(value: object) -> str:
+    """Text that can be written as UTF-8: JSON may hold halves of a letter."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def read_parquet(path: str) -> Iterator[RawSample]:
@@ -173,7 +181,8 @@ def read_parquet(path: str) -> Iterator[RawSample]:
                     picture = picture.get("bytes")
                 texts = [texts] if isinstance(texts, str) else texts or []
                 key = str(values.get("key") or values.get("id") or f"{posixpath.splitext(name)[0]}-{row:08d}")
-                yield RawSample(key, f"{name}@{row}", [picture] if picture else [], texts)
+                url = next((text_of(values[column]) for column in URL_COLUMNS if values.get(column)), None)
+                yield RawSample(key, f"{name}@{row}", [picture] if picture else [], texts, url=url)
                 row += 1
 
 
