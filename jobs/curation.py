@@ -25,13 +25,38 @@ class OrRun(TyperGroup):
 app = typer.Typer(cls=OrRun, no_args_is_help=True, help="Raw shards to a curated dataset, and a look into it.")
 
 
-def show_funnel(counted: dict[str, Any]) -> None:
-    table = Table("", "samples", box=None)
+def show_funnel(counted: dict[str, Any], kept: str = "kept", why: dict[str, str] | None = None) -> None:
+    """Counts by reason; ``why`` has a sentence for each."""
+    table = Table("", "samples", "", box=None)
     table.add_row("came in", f"{counted['in']:,}")
     for reason, number in counted["dropped"].items():
-        table.add_row(f"− {reason}", f"{number:,}")
-    table.add_row("kept", f"{counted['kept']:,}")
+        table.add_row(f"− {reason}", f"{number:,}", (why or {}).get(reason, ""))
+    table.add_row(kept, f"{counted['kept']:,}")
     Console().print(table)
+
+
+@app.command()
+def fetch(
+    urls: Annotated[list[str], typer.Argument(help="URL lists: Parquet, JSONL or CSV files, globs, folders, s3://…")],
+    out: Annotated[str, typer.Option("--out", help="Folder of the raw shards.")],
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """URL lists to raw shards, fetched politely, with a row and a reason for every URL. Settings: the recipe's
+    `fetching`. Then: owl curate 'OUT/*.tar'."""
+    from pipelines.fetching.download import FETCH_REASONS
+    from pipelines.fetching.fetch import fetch as ask_for
+
+    settings = recipe_of(recipe, set, "fetching").fetching
+    with ray_session():
+        result = ask_for(urls, out, settings)
+
+    def show() -> None:
+        show_funnel(result, "fetched", FETCH_REASONS)
+        console.print(f"What became of each URL: {out}/fetched/*.parquet")
+
+    finish({**result, "out": out}, as_json, show)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from pipelines.curation.curate import Curation
 from pipelines.curation.filters import Limits
 from pipelines.curation.likeness import Deduplication
 from pipelines.evaluation.evaluate import Evaluation
+from pipelines.fetching.fetch import Fetching
 from pipelines.serving.serve import Serving
 from pipelines.settings import SettingError, Settings, refuse_unknown
 from pipelines.training.stages import Lora, Optimization, Stage
@@ -38,6 +39,8 @@ class Recipe(Settings):
     """Command, hardware, time and expected score."""
     parts: Parts = Parts()
     """What the model is made of."""
+    fetching: Fetching = Fetching()
+    """How the pictures of URL lists are fetched."""
     curation: Curation = Curation()
     """What is kept of the raw samples."""
     language: Stage = Stage()

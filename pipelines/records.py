@@ -76,6 +76,20 @@ THUMBNAILS = pa.schema([("thumbnail", pa.binary(3 * THUMBNAIL**2))])
 """16×16 RGB of each curated row, in its order: tells near duplicates from mere likeness. All zero where there is no
 picture."""
 
+FETCHED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("url", pa.string()),  # as the list has it; null where there is none
+        ("final_url", pa.string()),  # the last one asked, after redirects
+        ("status", pa.int32()),  # of the last answer; null where there was none
+        ("reason", pa.string()),  # null where fetched
+        ("detail", pa.string()),
+        ("bytes", pa.int64()),  # of the picture
+        ("seconds", pa.float32()),  # of the requests, without waits between them
+    ]
+)
+"""What became of each URL of a list."""
+
 SELECTION = pa.schema([("row", pa.int32()), ("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 """Rows of one curated shard that later decisions leave out."""
 

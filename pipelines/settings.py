@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipelines import storage
+
 
 class OwlError(Exception):
     """Something the user can mend. Its message is one sentence; the command line prints it without a traceback."""
@@ -32,6 +34,24 @@ def differences(old: dict, new: dict) -> str:
     """ "steps 100 → 200, seed 0 → 1": what changed between two resolved settings."""
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return ", ".join(f"{name} {json.dumps(old.get(name))} → {json.dumps(new.get(name))}" for name in names)
+
+
+def refuse_other_settings(output: str, settings: Settings) -> None:
+    """A folder holds the results of one set of settings. Raises OwlError where it was made with others, by name."""
+    path = f"{output}/settings.json"
+    if storage.exists(path):
+        before = storage.read_json(path)
+        if changed := differences(flat(before), flat(settings.model_dump())):
+            raise OwlError(f"{output} was made with other settings ({changed}); choose another folder")
+    storage.write_json(path, settings.model_dump())
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+    """{"limits": {"min_words": 2}} → {"limits.min_words": 2}"""
+    out: dict = {}
+    for name, value in settings.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

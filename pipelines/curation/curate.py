@@ -28,7 +28,7 @@ from pipelines.curation.scoring import Scoring, refuse_missing, score
 from pipelines.curation.sources import UnreadableShard, find_shards, read_shard
 from pipelines.curation.verdicts import settle
 from pipelines.progress import progress
-from pipelines.settings import OwlError, Settings, differences
+from pipelines.settings import OwlError, Settings, refuse_other_settings
 
 
 class Curation(Settings):
@@ -199,24 +199,6 @@ def judged(path: str, rules: Curation) -> Iterator[dict]:
         yield judge(sample, rules.limits, rules.pictures, marked)
     if empty:
         raise UnreadableShard(f"raw shard {path} holds no sample")
-
-
-def refuse_other_settings(output: str, settings: Curation) -> None:
-    """A folder holds the results of one set of settings."""
-    path = f"{output}/settings.json"
-    if storage.exists(path):
-        before = storage.read_json(path)
-        if changed := differences(flat(before), flat(settings.model_dump())):
-            raise OwlError(f"{output} was curated with other settings ({changed}); choose another folder")
-    storage.write_json(path, settings.model_dump())
-
-
-def flat(settings: dict, prefix: str = "") -> dict:
-    """{"limits": {"min_words": 2}} → {"limits.min_words": 2}"""
-    out: dict = {}
-    for name, value in settings.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
 
 
 DAMAGE = ("image_corrupt", "image_truncated", "json_malformed", "messages_malformed", "image_missing")

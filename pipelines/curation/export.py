@@ -119,19 +119,37 @@ def write_webdataset(file, batches: Iterator[pa.RecordBatch]) -> int:
                 rest["captions"] = rest.pop("caption", None)
                 members.append(("json", json.dumps(rest, ensure_ascii=False).encode()))
                 for ending, data in members:
-                    member = tarfile.TarInfo(f"{name}.{ending}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    add_file(tar, f"{name}.{ending}", data)
             rows += batch.num_rows
     return rows
 
 
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+STARTS = (
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
+
+
+def known_kind(data: bytes) -> str | None:
+    """The ending that a picture's first twelve bytes tell; None where they are those of no format that is read."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((ending for start, ending in STARTS if data.startswith(start)), None)
+
+
 def kind(data: bytes) -> str:
-    """The ending that a picture's first bytes tell."""
-    for start, ending in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
-        if data.startswith(start):
-            return ending
-    return "webp" if data[8:12] == b"WEBP" else "tif"
+    """The ending of a picture that could be decoded."""
+    return known_kind(data) or "tif"
 
 
 FORMS: dict[str, Callable[[Any, Iterator[pa.RecordBatch]], int]] = {

@@ -46,28 +46,35 @@ class RawSample:
 
 
 def find_shards(patterns: list[str]) -> list[str]:
-    """Files that the patterns name (globs, {braces}, s3:// and other schemes, folders), sorted.
+    """Raw shards that the patterns name (globs, {braces}, s3:// and other schemes, folders), sorted.
 
     Raises OwlError for a pattern that matches nothing.
     """
+    return find_files(patterns, (".tar", ".parquet", ".jsonl"), "raw shard")
+
+
+def find_files(patterns: list[str], endings: tuple[str, ...], what: str) -> list[str]:
+    """Files with one of the ``endings``, sorted; a folder's are those of the first ending that is there."""
+    *some, last = endings
+    known = f"{', '.join(some)} {{}} {last}"
     found: list[str] = []
     for pattern in patterns:
         matched: list[str] = []
         for single in braceexpand(str(pattern)):
             fs, plain = url_to_fs(single)
             if fs.isdir(plain):
-                tables = fs.glob(f"{plain}/*.tar") or fs.glob(f"{plain}/*.parquet") or fs.glob(f"{plain}/*.jsonl")
-                matched += [fs.unstrip_protocol(path) for path in tables]
+                inside: list[str] = next(filter(None, (fs.glob(f"{plain}/*{ending}") for ending in endings)), [])
+                matched += [fs.unstrip_protocol(path) for path in inside]
             else:
                 matched += [fs.unstrip_protocol(path) for path in fs.glob(plain)]
         if not matched:
-            raise OwlError(f"no raw shards at {pattern!r}: no file there ends in .tar, .parquet or .jsonl")
+            raise OwlError(f"no {what}s at {pattern!r}: no file there ends in {known.format('or')}")
         found += matched
-    shards = sorted({path.removeprefix("file://") for path in found})
-    for path in shards:
-        if not path.endswith((".tar", ".parquet", ".jsonl")):
-            raise OwlError(f"{path} is no raw shard: known are .tar, .parquet and .jsonl")
-    return shards
+    files = sorted({path.removeprefix("file://") for path in found})
+    for path in files:
+        if not path.endswith(endings):
+            raise OwlError(f"{path} is no {what}: known are {known.format('and')}")
+    return files
 
 
 def read_shard(path: str) -> Iterator[RawSample]:

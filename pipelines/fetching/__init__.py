@@ -1,0 +1,1 @@
+"""URL lists → raw shards."""
