@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow clean
+.PHONY: setup demo test check check-slow rivals s3-server clean
 
 setup: $(VENV)/ready
 
@@ -30,5 +30,24 @@ check: setup
 check-slow: setup
 	@$(BIN)/pytest -q -m slow
 
+# What `owl bench curation` measures beside Owl: each pins what Owl pins otherwise, so each has an environment of its own.
+# img2dataset imports imghdr, which Python 3.13 no longer has.
+rivals: .rivals/img2dataset/ready .rivals/daft/ready .rivals/data_juicer/ready
+
+.rivals/%/ready: jobs/rivals/%.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "The rivals need Python 3.11 or 3.12; set PYTHON=…"; exit 1; }
+	@test -x .rivals/$*/bin/python || $(PYTHON) -m venv .rivals/$*
+	@echo "Setting up .rivals/$* (once)"
+	@.rivals/$*/bin/pip --disable-pip-version-check --quiet install --requirement $<
+	@touch $@
+
+# A real S3 server for the tests, in its own environment: OpenStack Swift with its S3 API.
+s3-server: .s3/ready
+
+.s3/ready:
+	@$(PYTHON) -m venv .s3
+	@.s3/bin/pip --disable-pip-version-check --quiet install 'swift==2.38.3' 'setuptools<81' 2>&1 | grep -v '^WARNING: Location' || true
+	@touch $@
+
 clean:
-	rm -rf $(VENV) owl-demo *.egg-info
+	rm -rf $(VENV) .rivals .s3 owl-demo *.egg-info

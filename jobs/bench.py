@@ -60,15 +60,35 @@ def curation(
     folder: Annotated[Path, typer.Option("--dir", help="Folder for the raw shards that are made, and for results.")],
     ways: Annotated[
         list[str] | None,
-        typer.Option("--way", help="One of the ways to measure; without it, all (needs webdataset)."),
+        typer.Option("--way", help="One of the ways to measure; without it, all (needs webdataset and make rivals)."),
     ] = None,
     sizes: Annotated[tuple[int, int], typer.Option("--sizes", help="Pictures of the two inputs.")] = (2000, 8000),
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
 ) -> None:
-    """CPU, time and memory of curation beside a bare loop of the same decoding, Ray Data and webdataset."""
+    """CPU, time and memory of curation beside a bare loop of the same decoding, and beside Ray Data, webdataset,
+    img2dataset, Daft and Data-Juicer."""
     from jobs.bench_curation import WAYS, measure
 
     if unknown := set(ways or []) - set(WAYS):
         raise OwlError(f"unknown way {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
     for result in measure(str(folder), ways or list(WAYS), sizes, repeats):
         print(json.dumps(result), flush=True)
+
+
+@app.command()
+def duplicates(
+    raw: Annotated[list[str] | None, typer.Argument(help="Raw shards of pictures to make copies of.")] = None,
+    pictures: Annotated[int, typer.Option("--pictures", help="How many pictures are copied.")] = 400,
+    rows: Annotated[list[int] | None, typer.Option("--rows", help="Find duplicates in so many made-up rows.")] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the made-up ledgers.")] = Path("duplicates"),
+) -> None:
+    """The share of changed copies that is found, beside imagehash; and the time for ledgers of millions of rows."""
+    from jobs.bench_duplicates import find_copies, take_time
+    from jobs.session import ray_session
+
+    for result in find_copies(raw, pictures) if raw else ():
+        print(json.dumps(result), flush=True)
+    if rows:
+        with ray_session():
+            for number in rows:
+                print(json.dumps(take_time(f"{folder}/{number}", number)), flush=True)

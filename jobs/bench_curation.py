@@ -7,6 +7,7 @@ processes, imports) is told apart, not hidden.
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -25,40 +26,73 @@ from pipelines.settings import OwlError
 SAME = ["--set", "deduplication=null", "--set", "pictures.short_side=224", "--set", "limits.min_side=128"]
 SAME += ["--set", "limits.min_words=3"]
 
-WAYS: dict[str, list[str]] = {
-    "bare loop": ["-m", "jobs.bench_rivals", "bare"],
-    "owl, same work": ["-m", "jobs.cli", "curate", *SAME],
-    "owl, default": ["-m", "jobs.cli", "curate", "--set", "pictures.short_side=224"],
-    "ray data": ["-m", "jobs.bench_rivals", "ray_data"],
-    "webdataset": ["-m", "jobs.bench_rivals", "webdataset"],
+RIVALS = Path(__file__).parents[1] / ".rivals"
+SCRIPTS = Path(__file__).with_name("rivals")
+
+
+class Way(NamedTuple):
+    """Arguments of a Python, to which the raw folder and `--out FOLDER` are added."""
+
+    arguments: list[str]
+    environment: str | None = None
+    """Folder in RIVALS with the environment whose Python it is; None for Owl's own."""
+
+
+WAYS: dict[str, Way] = {
+    "bare loop": Way(["-m", "jobs.bench_rivals", "bare"]),
+    "owl, same work": Way(["-m", "jobs.cli", "curate", *SAME]),
+    "owl, hashes and statistics": Way(["-m", "jobs.cli", "curate", *SAME, "--set", "limits.min_entropy=0.001"]),
+    "owl, default": Way(["-m", "jobs.cli", "curate", "--set", "pictures.short_side=224"]),
+    "ray data": Way(["-m", "jobs.bench_rivals", "ray_data"]),
+    "webdataset": Way(["-m", "jobs.bench_rivals", "webdataset"]),
+    "img2dataset": Way([f"{SCRIPTS}/with_img2dataset.py"], "img2dataset"),
+    "daft": Way([f"{SCRIPTS}/with_daft.py"], "daft"),
+    "data-juicer": Way([f"{SCRIPTS}/with_data_juicer.py"], "data_juicer"),
 }
-"""Each is given the raw folder and `--out FOLDER`."""
 
 
 class Cost(NamedTuple):
     seconds: float
     cpu: float
+    excluded: float
     memory: int
 
 
+def command_of(name: str) -> list[str]:
+    """The command of a way, but for the folders. Raises OwlError, with what makes it, if its environment is missing."""
+    way = WAYS[name]
+    python = RIVALS / way.environment / "bin" / "python" if way.environment else Path(sys.executable)
+    if not python.exists():
+        raise OwlError(f"no environment for {name} at {python.parents[1]}; make rivals sets it up")
+    return [str(python), *way.arguments]
+
+
 def run(command: list[str]) -> Cost:
-    """Wall seconds, CPU seconds and peak resident bytes of a process and all that it started. Raises OwlError with what
-    it said, if it failed."""
+    """Wall seconds, CPU seconds and peak resident bytes of a process and all that it started. CPU seconds that it
+    names in its last line of output, {"excluded_cpu_s": …}, are told apart. Raises OwlError with what it said, if it
+    failed."""
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    printed: list[str] = []
     said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(process.stderr or []), daemon=True)
-    reader.start()
+    pipes = ((printed, process.stdout), (said, process.stderr))
+    readers = [threading.Thread(target=lines.extend, args=(pipe,), daemon=True) for lines, pipe in pipes]
+    for reader in readers:
+        reader.start()
     used: dict[tuple[int, float], float] = {}
     peak = 0
     root = psutil.Process(process.pid)
     while process.poll() is None:
         peak = max(peak, look(root, used))
         time.sleep(0.05)
-    reader.join()
+    seconds = time.monotonic() - began
+    for reader in readers:
+        reader.join()
     if process.returncode:
         raise OwlError(f"{' '.join(command)} failed: {''.join(said[-5:])}")
-    return Cost(time.monotonic() - began, sum(used.values()), peak)
+    last = printed[-1] if printed else ""
+    excluded = json.loads(last)["excluded_cpu_s"] if last.startswith('{"excluded_cpu_s"') else 0.0
+    return Cost(seconds, sum(used.values()) - excluded, excluded, peak)
 
 
 def look(root: psutil.Process, used: dict[tuple[int, float], float]) -> int:
@@ -81,7 +115,9 @@ def look(root: psutil.Process, used: dict[tuple[int, float], float]) -> int:
 
 
 def measure(folder: str, ways: list[str], sizes: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
-    """Medians over ``repeats`` turns: {"way", "cpu_ms_a_picture", "start_cpu_s", "pictures_a_second", "peak_mb", …}."""
+    """Medians over ``repeats`` turns: {"way", "cpu_ms_a_picture", "start_cpu_s", "pictures_a_second", "peak_mb", …}.
+    Raises OwlError if the environment of a way is missing, before any is measured."""
+    commands = {way: command_of(way) for way in ways}
     raw = {size: f"{folder}/web-{size}" for size in sizes}
     for size in sizes:
         if not Path(raw[size]).exists():
@@ -92,7 +128,7 @@ def measure(folder: str, ways: list[str], sizes: tuple[int, int], repeats: int) 
         for way in ways:
             for size in sizes:
                 with TemporaryDirectory(dir=folder) as out:
-                    cost = run([*WAYS[way], raw[size], "--out", f"{out}/out"])
+                    cost = run([*commands[way], raw[size], "--out", f"{out}/out"])
                 costs.setdefault((way, size), []).append(cost)
     for way in ways:
         first, second = costs[way, small], costs[way, large]
@@ -104,6 +140,7 @@ def measure(folder: str, ways: list[str], sizes: tuple[int, int], repeats: int) 
             "pictures_a_second": round(1 / wall, 1),
             "start_cpu_s": round(statistics.median(cost.cpu for cost in first) - cpu * small, 1),
             "cpu_s": [round(statistics.median(cost.cpu for cost in each), 1) for each in (first, second)],
+            "excluded_cpu_s": [round(statistics.median(cost.excluded for cost in each), 1) for each in (first, second)],
             "wall_s": [round(statistics.median(cost.seconds for cost in each), 1) for each in (first, second)],
             "peak_mb": round(max(cost.memory for cost in second) / 2**20),
         }

@@ -50,7 +50,8 @@ def bare_shard(path: str, out: str) -> None:
         if pixels is None:
             continue
         rows["key"].append(sample.key)
-        rows["image"].append(encode(shrink(pixels, *header.size, SIDE), pictures))
+        small = pixels if min(header.size) <= SIDE else shrink(pixels, *header.size, SIDE)
+        rows["image"].append(encode(small, pictures))
         rows["caption"].append(sample.captions[0])
     table = pa.table(rows)
     with pa.OSFile(f"{out}/{Path(path).stem}.arrow", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:

@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Sequence
 
+import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
@@ -32,6 +33,7 @@ th { color: var(--soft); font-weight: 600 } td.n, th.n { text-align: right }
 .bar i { display: block; height: 14px; min-width: 2px; border-radius: 4px; background: var(--a) }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 20px 28px }
 .side { display: flex; gap: 4px } .side > * { flex: 1; min-width: 0 }
 figure { margin: 0; min-width: 0 } figure img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 8px;
   background: var(--page); border: 1px solid var(--line) }
@@ -77,6 +79,51 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:
     most = max((size for _, size, _ in rows), default=0) or 1
     row = Markup('<div class=bar><span>{}</span><i style="width:{:.2f}%"></i><span>{}</span></div>')
     return Markup("").join(row.format(name, 100 * size / most, text) for name, size, text in rows)
+
+
+def histogram(title: str, values: Sequence[float], lines: dict[str, float], bins: int = 24) -> Markup:
+    """How often values occur, from their 1st to their 99th percentile and at least up to the named ``lines``, which are
+    thresholds drawn across."""
+    data = np.asarray(values, dtype=np.float64)
+    low, high = np.percentile(data, [1, 99])
+    shown = [value for value in lines.values() if low - (high - low) <= value <= high + (high - low)]
+    low, high = min([low, *shown]), max([high, *shown])
+    if (data == data.round()).all() and high - low < 3 * bins:  # whole numbers fall into bins of equally many
+        each = int((high - low) // bins + 1)
+        bins = int((high - low) // each + 1)
+        low, high = low - 0.5, low - 0.5 + each * bins
+    counts, edges = np.histogram(np.clip(data, low, high), bins=bins, range=(low, high if high > low else low + 1))
+    width, height, bottom, top = 460, 150, 22, 22
+    step, tallest = width / bins, max(1, counts.max())
+    parts = [
+        f'<rect x="{index * step + 1:.1f}" y="{height - bottom - size:.1f}" width="{step - 2:.1f}" height="{size:.1f}" '
+        'rx="2" fill="var(--a)"/>'
+        for index, size in enumerate((height - bottom - top) * counts / tallest)
+    ]
+    for name, value in lines.items():
+        if low <= value <= high:
+            x = width * (value - edges[0]) / (edges[-1] - edges[0])
+            left = x < width / 2
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - bottom}" stroke="var(--b)" stroke-width="2"/>'
+            )
+            parts.append(
+                f'<text x="{x + (6 if left else -6):.1f}" y="14" text-anchor="{"start" if left else "end"}" '
+                f'style="fill:var(--b)">{escape(name)}</text>'
+            )
+    parts.append(f'<text x="0" y="{height - 6}">{short(edges[0])}</text>')
+    parts.append(f'<text x="{width}" y="{height - 6}" text-anchor="end">{short(edges[-1])}</text>')
+    drawn = Markup(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>')
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, drawn)
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def columns(parts: Sequence[Markup]) -> Markup:
+    """Charts beside each other, as many as there is room for."""
+    return Markup("<div class=charts>{}</div>").format(Markup("").join(parts))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], numeric: int = 1) -> Markup:

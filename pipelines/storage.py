@@ -8,6 +8,7 @@ import os
 import posixpath
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
@@ -60,6 +61,15 @@ def open_write(path: str) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
+
+
+def sweep(folder: str) -> None:
+    """Removes what killed writers left half-written anywhere below a local folder. To be called when nobody writes
+    there. Object stores keep such parts out of sight; a bucket's rule for incomplete uploads ends them."""
+    fs, plain = url_to_fs(str(folder))
+    if isinstance(fs, LocalFileSystem):
+        for left in Path(plain).rglob(".*.partial"):
+            left.unlink(missing_ok=True)
 
 
 def read_json(path: str) -> Any:

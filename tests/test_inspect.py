@@ -172,3 +172,11 @@ def test_other_tools_open_the_tars(exported, world):
 def test_an_unknown_format_is_refused(curated, tmp_path):
     with pytest.raises(OwlError, match="unknown format 'lance'; known: webdataset, parquet, arrow"):
         export(str(curated / "loose"), str(tmp_path), "lance", 1)
+
+
+def test_the_report_shows_thresholds_captions_and_speed(curated):
+    html = (curated / "deduplicated" / "report.html").read_text()
+    for wanted in ("min_side 64", "Commonest captions", "samples a second", "CPU hours for a billion", "Funnel"):
+        assert wanted in html
+    for reason, number in manifest_of(str(curated / "deduplicated"))["dropped"].items():
+        assert f"Dropped: {reason} ({number:,})" in html

@@ -49,6 +49,8 @@ class Curation(Settings):
     """A raw shard that took its worker process down this often is set aside."""
     max_set_aside: int = 0
     """Raw shards that may be unreadable or set aside before the job ends without a manifest."""
+    cpu_hour_price: float = 0.04
+    """What an hour of a CPU costs, for the report."""
 
     @model_validator(mode="after")
     def scores_come_from_somewhere(self) -> Curation:
@@ -97,11 +99,16 @@ def curate(raw: list[str], output: str, settings: Curation) -> dict:
     manifest = {
         "settings": settings.model_dump(),
         "versions": {name: version(name) for name in ("owl-vlm", "ray", "pyarrow", "pillow")},
-        "seconds": round(time.monotonic() - began, 1),
+        "run": {
+            "seconds": round(time.monotonic() - began, 1),
+            "samples": sum(entry["in"] for entry in entries if entry["shard"] in todo),
+            "cpus": ray.cluster_resources().get("CPU", 0),
+        },
         **counted,
         "set_aside": aside,
         "shards": entries,
     }
+    storage.sweep(output)
     write_report(f"{output}/report.html", output, manifest)
     storage.write_json(manifest_path, manifest)
     return manifest
