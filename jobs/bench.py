@@ -92,3 +92,27 @@ def duplicates(
         with ray_session():
             for number in rows:
                 print(json.dumps(take_time(f"{folder}/{number}", number)), flush=True)
+
+
+@app.command()
+def shards(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the raw shards that are made, and for results.")],
+    counts: Annotated[list[int], typer.Option("--shards", help="How many shards. Repeatable.")],
+) -> None:
+    """CPU, time and memory of curation over many tiny shards of two pictures."""
+    from jobs.bench_curation import measure_shards
+
+    for result in measure_shards(str(folder), counts):
+        print(json.dumps(result), flush=True)
+
+
+@app.command()
+def captions(
+    raw: Annotated[list[str], typer.Argument(help="Raw shards with captions.")],
+    count: Annotated[int, typer.Option("--count", help="How many captions.")] = 5000,
+    repeats: Annotated[int, typer.Option("--repeats", help="Passes of each; the median counts.")] = 5,
+) -> None:
+    """Microseconds a caption that statistics, rules, language, masking and deduplication take."""
+    from jobs.bench_curation import measure_captions
+
+    print(json.dumps(measure_captions(raw, count, repeats)), flush=True)

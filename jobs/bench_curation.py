@@ -13,14 +13,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import psutil
+import pyarrow as pa
 
-from jobs.bench_curation_set import write_set
+from jobs.bench_curation_set import write_set, write_tiny
+from pipelines.curation.filters import (
+    Limits,
+    caption_stats,
+    contact_in,
+    is_no_word,
+    judge_caption,
+    language_of,
+    masked,
+)
+from pipelines.curation.likeness import caption_marks, near_caption_marks
+from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError
 
 SAME = ["--set", "deduplication=null", "--set", "pictures.short_side=224", "--set", "limits.min_side=128"]
@@ -144,3 +156,44 @@ def measure(folder: str, ways: list[str], sizes: tuple[int, int], repeats: int) 
             "wall_s": [round(statistics.median(cost.seconds for cost in each), 1) for each in (first, second)],
             "peak_mb": round(max(cost.memory for cost in second) / 2**20),
         }
+
+
+def measure_shards(folder: str, counts: list[int]) -> Iterator[dict[str, Any]]:
+    """A default run over many tiny shards: {"shards", "wall_s", "cpu_s", "peak_mb"} for each count."""
+    for count in counts:
+        write_tiny(f"{folder}/tiny-{count}", count)
+        with TemporaryDirectory(dir=folder) as out:
+            cost = run([*command_of("owl, default"), f"{folder}/tiny-{count}", "--out", f"{out}/out"])
+        yield {
+            "shards": count,
+            "wall_s": round(cost.seconds, 1),
+            "cpu_s": round(cost.cpu, 1),
+            "peak_mb": round(cost.memory / 2**20),
+        }
+
+
+def measure_captions(raw: list[str], count: int, repeats: int) -> dict[str, float]:
+    """Microseconds a caption of what captions are put through: medians over ``repeats`` passes of ``count``."""
+    captions = [text for path in find_shards(raw) for sample in read_shard(path) for text in sample.captions][:count]
+    table = pa.table({"captions": [[caption] for caption in captions]})
+    stats = [caption_stats(caption) for caption in captions]
+    limits = Limits(boilerplate=["stock photo", "click here", "for sale"])
+    passes: dict[str, Callable[[], Any]] = {
+        "statistics": lambda: [caption_stats(caption) for caption in captions],
+        "non-words (of the statistics)": lambda: [sum(map(is_no_word, caption.split())) for caption in captions],
+        "contacts (of the statistics)": lambda: [contact_in(caption) for caption in captions],
+        "all rules": lambda: [judge_caption(c, s, limits) for c, s in zip(captions, stats, strict=True)],
+        "language": lambda: [language_of(caption) for caption in captions],
+        "masking": lambda: [masked(caption) for caption in captions],
+        "key for equal captions": lambda: caption_marks(table),
+        "MinHash for near captions": lambda: near_caption_marks(table),
+    }
+    costs = {}
+    for name, go in passes.items():
+        seconds = []
+        for _ in range(repeats):
+            began = time.process_time()
+            go()
+            seconds.append(time.process_time() - began)
+        costs[name] = round(1e6 * statistics.median(seconds) / len(captions), 2)
+    return costs

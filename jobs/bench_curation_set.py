@@ -93,3 +93,23 @@ def write_set(folder: str, pictures: int, seed: int = 0, each: int = 250) -> lis
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return paths
+
+
+def write_tiny(folder: str, shards: int, each: int = 2) -> None:
+    """Tars of ``each`` pictures of 64 px, to see what a shard costs by itself. What is there stays."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number in range(shards):
+        path = Path(folder) / f"tiny-{number:06d}.tar"
+        if path.exists():
+            continue
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in range(each):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).resize((64, 64)).save(buffer, "JPEG", quality=60)
+                caption = " ".join(generator.choice(WORDS, size=6))
+                for extension, content in (("jpg", buffer.getvalue()), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{number:06d}{row}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))

@@ -35,6 +35,11 @@ pipeline = {name}-server
 [app:{name}-server]
 use = egg:swift#{name}
 """
+BARE = ("catch_errors", "gatekeeper", "healthcheck", "listing_formats", "bulk", "slo", "dlo", "symlink")
+"""Filters without settings."""
+PIPELINE = (
+    "catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo versioned_writes symlink"
+)
 PROXY = """[DEFAULT]
 bind_ip = 127.0.0.1
 bind_port = {port}
@@ -43,7 +48,7 @@ workers = 0
 log_level = WARNING
 log_address = /dev/null
 [pipeline:main]
-pipeline = catch_errors gatekeeper healthcheck cache bulk s3api tempauth slo dlo versioned_writes proxy-server
+pipeline = {pipeline} proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
@@ -62,8 +67,7 @@ user_test_tester = testing .admin .reseller_admin
 [filter:versioned_writes]
 use = egg:swift#versioned_writes
 allow_object_versioning = true
-""" + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in
-              ("catch_errors", "gatekeeper", "healthcheck", "bulk", "slo", "dlo"))  # fmt: skip
+""" + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in BARE)
 
 
 def free_ports(count: int) -> list[int]:
@@ -90,7 +94,9 @@ class Server:
             builder = [PLACE / "bin/swift-ring-builder", folder / f"{name}.builder"]
             for command in (["create", "4", "1", "0"], ["add", f"r1z1-127.0.0.1:{port}/sda", "1"], ["rebalance"]):
                 subprocess.run([*builder, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        (folder / "proxy.conf").write_text(PROXY.format(port=self.port, folder=folder, memcache=memcache))
+        (folder / "proxy.conf").write_text(
+            PROXY.format(port=self.port, folder=folder, memcache=memcache, pipeline=PIPELINE)
+        )
         self.processes: dict[str, subprocess.Popen] = {}
         for name in (*SERVERS, "proxy"):
             self.start(name)

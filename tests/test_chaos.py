@@ -61,7 +61,7 @@ def start(raw: Path, out: str, environment: dict[str, str]) -> subprocess.Popen:
 
 def contents(out: str, folder: str) -> dict:
     """Name → bytes of a file, or its rows."""
-    fs, plain = fsspec.url_to_fs(f"{out}/{folder}")
+    fs, plain = storage.filesystem(f"{out}/{folder}")
     found = {}
     for path in fs.ls(plain, detail=False):
         with fs.open(path, "rb") as file:

@@ -270,7 +270,7 @@ def column_at(book: Book, places: np.ndarray, name: str) -> pa.Array:
 
 
 def thumbnails(book: Book, places: np.ndarray) -> list[bytes]:
-    column = storage.open_arrow(f"{book.folder}/thumbnails/{book.shard}.arrow").read_all()["thumbnail"]
+    column = storage.read_arrow(f"{book.folder}/thumbnails/{book.shard}.arrow")["thumbnail"]
     return column.take(column_at(book, places, "row")).to_pylist()
 
 

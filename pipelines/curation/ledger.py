@@ -56,7 +56,12 @@ def write_shard(output: str, shard: str, raw: str, rows: Iterable[dict]) -> dict
     table = pa.table({"thumbnail": thumbnails}, schema=THUMBNAILS)
     storage.write_arrow(f"{output}/thumbnails/{shard}.arrow", table)
     write_ledger(output, shard, pa.Table.from_pylist(books, schema=LEDGER))
-    marker = {"shard": shard, "raw": raw, "in": len(books), **counts([row["reason"] for row in books])}
+    return write_marker(output, shard, raw, [row["reason"] for row in books])
+
+
+def write_marker(output: str, shard: str, raw: str, reasons: list[str | None]) -> dict:
+    """A shard's entry of the books as it stands before later decisions."""
+    marker = {"shard": shard, "raw": raw, "in": len(reasons), **counts(reasons)}
     storage.write_json(f"{output}/markers/{shard}.json", marker)
     return marker
 
@@ -78,10 +83,10 @@ def append_rows(output: str, shard: str, rows: list[dict]) -> None:
     }
     for folder, batch in added.items():
         path = f"{output}/{folder}/{shard}.arrow"
-        reader = storage.open_arrow(path)
+        before = storage.read_arrow(path)
         with storage.open_write(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
-            for index in range(reader.num_record_batches):
-                writer.write_batch(reader.get_batch(index))
+            for old in before.to_batches():
+                writer.write_batch(old)
             writer.write_batch(batch)
 
 
@@ -99,7 +104,7 @@ def manifest_of(output: str) -> dict[str, Any]:
 
 def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
     with storage.open_read(path) as file:
-        return pq.read_table(file, columns=columns)
+        return pq.ParquetFile(file).read(columns)
 
 
 def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:
@@ -129,6 +134,9 @@ def decide(output: str, shard: str, decided: list[dict], instead_of: Collection[
     """Enters later decisions on one shard's curated rows, each {"place" in the ledger, "reason", "detail"}: verdicts
     into its ledger, rows into its selection; the Arrow shard stays as it is. Earlier decisions for the reasons
     ``instead_of`` are taken back, so that this can be repeated. Returns the shard's entry of the books."""
+    marker = storage.read_json(f"{output}/markers/{shard}.json")
+    if not decided and not storage.exists(f"{output}/selection/{shard}.parquet"):
+        return marker  # nothing was ever decided
     table = read_ledger(output, shard)
     before = pc.and_(table["row"].is_valid(), pc.is_in(table["reason"], value_set=pa.array(instead_of, pa.string())))
     if decided or pc.any(before).as_py():
@@ -142,7 +150,6 @@ def decide(output: str, shard: str, decided: list[dict], instead_of: Collection[
         table = set_column(table, "verdict", pc.if_else(table["reason"].is_null(), "kept", "dropped"))
         write_ledger(output, shard, table)
         write_selection(output, shard, table)
-    marker = storage.read_json(f"{output}/markers/{shard}.json")
     return {"shard": shard, "raw": marker["raw"], "in": len(table), **counts(table["reason"].to_pylist())}
 
 

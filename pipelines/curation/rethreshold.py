@@ -95,4 +95,5 @@ def let_in_shard(output: str, shard: str, raw: str, settings: Curation, larger: 
         storage.remove(f"{output}/scores/{shard}.parquet")
     if places:
         ledger.write_ledger(output, shard, pa.Table.from_pylist(books, schema=LEDGER))
+        ledger.write_marker(output, shard, raw, [row["reason"] for row in books])
     return len(again)

@@ -104,7 +104,7 @@ class Scorer:
 
     def batches(self, shard: str) -> Iterator[list[dict]]:
         """Curated rows with a picture, as {"row", "image", "caption"}."""
-        table = storage.open_arrow(f"{self.output}/shards/{shard}.arrow").read_all().select(["image", "caption"])
+        table = storage.read_arrow(f"{self.output}/shards/{shard}.arrow").select(["image", "caption"])
         for start in range(0, len(table), self.settings.batch_size):
             rows = table.slice(start, self.settings.batch_size).to_pylist()
             found = [{"row": start + index, **row} for index, row in enumerate(rows) if row["image"] is not None]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
 
 from pipelines import storage
 from pipelines.curation.tar import tar_members
@@ -61,12 +60,10 @@ def find_files(patterns: list[str], endings: tuple[str, ...], what: str) -> list
     for pattern in patterns:
         matched: list[str] = []
         for single in braceexpand(str(pattern)):
-            fs, plain = url_to_fs(single)
-            if fs.isdir(plain):
-                inside: list[str] = next(filter(None, (fs.glob(f"{plain}/*{ending}") for ending in endings)), [])
-                matched += [fs.unstrip_protocol(path) for path in inside]
-            else:
-                matched += [fs.unstrip_protocol(path) for path in fs.glob(plain)]
+            try:
+                matched += matching(single, endings)
+            except (OSError, ValueError) as error:  # no right to look, no such bucket, no such scheme
+                raise OwlError(f"{single} cannot be listed: {error}") from None
         if not matched:
             raise OwlError(f"no {what}s at {pattern!r}: no file there ends in {known.format('or')}")
         found += matched
@@ -75,6 +72,14 @@ def find_files(patterns: list[str], endings: tuple[str, ...], what: str) -> list
         if not path.endswith(endings):
             raise OwlError(f"{path} is no {what}: known are {known.format('and')}")
     return files
+
+
+def matching(pattern: str, endings: tuple[str, ...]) -> list[str]:
+    fs, plain = storage.filesystem(pattern)
+    found: list[str] = fs.glob(plain)
+    if fs.isdir(plain):
+        found = next(filter(None, (fs.glob(f"{plain}/*{ending}") for ending in endings)), [])
+    return [fs.unstrip_protocol(path) for path in found]
 
 
 def read_shard(path: str) -> Iterator[RawSample]:
