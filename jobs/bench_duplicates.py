@@ -162,7 +162,7 @@ def write_book(folder: str, number: int) -> None:
     options = pa.ipc.IpcWriteOptions(compression="zstd")  # 38 GB otherwise, for 50 million
     with storage.open_write(path) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
         writer.write_table(table)
-    ledger.write_marker(folder, f"{number:06d}", f"{number:06d}.tar", [None] * SHARD)
+    ledger.write_marker(folder, f"{number:06d}", f"{number:06d}.tar", [None] * SHARD, SHARD, "")
 
 
 def take_time(folder: str, rows: int) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import posixpath
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,8 +111,31 @@ BATCH_ROWS = 256
 
 def write_arrow(path: str, table: pa.Table) -> None:
     """An Arrow IPC file of small record batches."""
-    with open_write(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=BATCH_ROWS)
+    write_batches(path, table.schema, table.to_batches(max_chunksize=BATCH_ROWS))
+
+
+def write_batches(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> str:
+    """An Arrow IPC file of record batches as they come; returns its sha256."""
+    with open_write(path) as file:
+        hashed = Hashed(file)
+        with pa.ipc.new_file(pa.PythonFile(hashed, "w"), schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        return hashed.digest.hexdigest()
+
+
+class Hashed(io.RawIOBase):
+    """Passes on what is written to it, and keeps the sha256 of it all."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
 
 
 def open_arrow(path: str) -> pa.ipc.RecordBatchFileReader:

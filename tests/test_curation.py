@@ -70,9 +70,11 @@ def test_every_shard_balances(curated, world):
 
 def test_shards_open_with_plain_readers(curated):
     output, manifest = curated
-    path = f"{output}/shards/{manifest['shards'][0]['shard']}.arrow"
+    entry = manifest["shards"][0]
+    path = f"{output}/shards/{entry['shard']}.arrow"
     with pa.memory_map(path) as source:
-        assert pa.ipc.open_file(source).read_all().num_rows > 0
+        assert pa.ipc.open_file(source).read_all().num_rows == entry["rows"] > 0
+    assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == entry["sha256"]
     datasets = pytest.importorskip("datasets")
     assert len(datasets.load_dataset("arrow", data_files=path, split="train")) > 0
 

@@ -89,7 +89,7 @@ def write_books(folder: str, books: list[list[Made]]) -> list[str]:
         scores = [{"row": row["row"], "embedding": row["embedding"]} for row in rows]
         with storage.open_write(f"{folder}/scores/{name}.parquet") as file:
             pq.write_table(pa.Table.from_pylist(scores, schema=SCORES), file)
-        storage.write_json(f"{folder}/markers/{name}.json", {"shard": name, "raw": f"{name}.tar"})
+        ledger.write_marker(folder, name, f"{name}.tar", [entry.get("reason") for entry in entries], len(rows), "")
     entries = [{"shard": name, "kept": len(rows)} for name, rows in zip(names, books, strict=True)]
     storage.write_json(f"{folder}/manifest.json", {"shards": entries})
     return names

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,6 +70,10 @@ def test_moved_thresholds_equal_those_from_the_start(curated, world, tmp_path, l
     for entry in manifest["shards"]:
         assert verdicts(moved, entry["shard"]) == verdicts(fresh, entry["shard"])
     assert read_pictures(moved) == read_pictures(fresh)
+    for entry in manifest["shards"]:
+        path = Path(moved, "shards", f"{entry['shard']}.arrow")
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+        assert len(storage.read_arrow(str(path))) == entry["rows"]
     assert (manifest["read_again"] > 0) == (limits is not TIGHT)
     assert manifest["read_again"] < 0.3 * manifest["in"]
     back = rethreshold(moved, Limits())

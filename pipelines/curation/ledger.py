@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,30 +38,35 @@ def write_shard(output: str, shard: str, raw: str, rows: Iterable[dict]) -> dict
     """Writes a raw shard's curated Arrow as its rows come, then thumbnails and ledger, then the marker. Returns the
     marker. Only one record batch of pictures is held at a time."""
     books: list[dict] = []
-    kept: list[dict] = []
     thumbnails: list[bytes] = []
-    with storage.open_write(f"{output}/shards/{shard}.arrow") as file, pa.ipc.new_file(file, CURATED) as writer:
-        for row in rows:
-            row["verdict"] = "dropped"
-            if row["reason"] is None:
-                row["verdict"], row["row"] = "kept", len(thumbnails)
-                thumbnails.append(row.get("thumbnail") or BLANK)
-                kept.append(curated_row(row))
-            books.append({name: row.get(name) for name in LEDGER.names})
-            if len(kept) == storage.BATCH_ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
-                kept.clear()
-        if kept:
-            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=CURATED))
+    sha256 = storage.write_batches(f"{output}/shards/{shard}.arrow", CURATED, entered(rows, books, thumbnails))
     table = pa.table({"thumbnail": thumbnails}, schema=THUMBNAILS)
     storage.write_arrow(f"{output}/thumbnails/{shard}.arrow", table)
     write_ledger(output, shard, pa.Table.from_pylist(books, schema=LEDGER))
-    return write_marker(output, shard, raw, [row["reason"] for row in books])
+    return write_marker(output, shard, raw, [row["reason"] for row in books], len(thumbnails), sha256)
 
 
-def write_marker(output: str, shard: str, raw: str, reasons: list[str | None]) -> dict:
-    """A shard's entry of the books as it stands before later decisions."""
-    marker = {"shard": shard, "raw": raw, "in": len(reasons), **counts(reasons)}
+def entered(rows: Iterable[dict], books: list[dict], thumbnails: list[bytes]) -> Iterator[pa.RecordBatch]:
+    """Enters judged rows into the books; yields the fit ones, in record batches."""
+    kept: list[dict] = []
+    for row in rows:
+        row["verdict"] = "dropped"
+        if row["reason"] is None:
+            row["verdict"], row["row"] = "kept", len(thumbnails)
+            thumbnails.append(row.get("thumbnail") or BLANK)
+            kept.append(curated_row(row))
+        books.append({name: row.get(name) for name in LEDGER.names})
+        if len(kept) == storage.BATCH_ROWS:
+            yield pa.RecordBatch.from_pylist(kept, schema=CURATED)
+            kept.clear()
+    if kept:
+        yield pa.RecordBatch.from_pylist(kept, schema=CURATED)
+
+
+def write_marker(output: str, shard: str, raw: str, reasons: list[str | None], rows: int, sha256: str) -> dict:
+    """A shard's entry of the books as it stands before later decisions: ``rows`` are in its Arrow file, which has this
+    ``sha256``."""
+    marker = {"shard": shard, "raw": raw, "rows": rows, "sha256": sha256, "in": len(reasons), **counts(reasons)}
     storage.write_json(f"{output}/markers/{shard}.json", marker)
     return marker
 
@@ -72,22 +77,17 @@ def curated_row(row: dict) -> dict:
     return {**row, "width": width, "height": height}
 
 
-def append_rows(output: str, shard: str, rows: list[dict]) -> None:
+def append_rows(output: str, shard: str, rows: list[dict]) -> str:
     """Adds judged rows to a curated shard and its thumbnails: both are copied, and replaced whole. Until the ledger
-    names them, nobody looks at the new rows."""
-    added = {
-        "shards": pa.RecordBatch.from_pylist([curated_row(row) for row in rows], schema=CURATED),
-        "thumbnails": pa.RecordBatch.from_pylist(
-            [{"thumbnail": row.get("thumbnail") or BLANK} for row in rows], schema=THUMBNAILS
-        ),
-    }
-    for folder, batch in added.items():
-        path = f"{output}/{folder}/{shard}.arrow"
-        before = storage.read_arrow(path)
-        with storage.open_write(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
-            for old in before.to_batches():
-                writer.write_batch(old)
-            writer.write_batch(batch)
+    names them, nobody looks at the new rows. Returns the shard's sha256."""
+    thumbnails = [{"thumbnail": row.get("thumbnail") or BLANK} for row in rows]
+    append(f"{output}/thumbnails/{shard}.arrow", pa.RecordBatch.from_pylist(thumbnails, schema=THUMBNAILS))
+    curated = [curated_row(row) for row in rows]
+    return append(f"{output}/shards/{shard}.arrow", pa.RecordBatch.from_pylist(curated, schema=CURATED))
+
+
+def append(path: str, batch: pa.RecordBatch) -> str:
+    return storage.write_batches(path, batch.schema, [*storage.read_arrow(path).to_batches(), batch])
 
 
 def counts(reasons: list[str | None]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def decide(output: str, shard: str, decided: list[dict], instead_of: Collection[
         table = set_column(table, "verdict", pc.if_else(table["reason"].is_null(), "kept", "dropped"))
         write_ledger(output, shard, table)
         write_selection(output, shard, table)
-    return {"shard": shard, "raw": marker["raw"], "in": len(table), **counts(table["reason"].to_pylist())}
+    return {**marker, **counts(table["reason"].to_pylist())}
 
 
 def set_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:

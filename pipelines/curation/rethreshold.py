@@ -90,10 +90,12 @@ def let_in_shard(output: str, shard: str, raw: str, settings: Curation, larger: 
             row["verdict"], row["row"] = "kept", len(first) + len(fit)
             fit.append(row)
         books[place] = {name: row.get(name) for name in LEDGER.names}
+    marker = storage.read_json(f"{output}/markers/{shard}.json")
     if fit:
-        ledger.append_rows(output, shard, fit)
+        marker["sha256"] = ledger.append_rows(output, shard, fit)
         storage.remove(f"{output}/scores/{shard}.parquet")
     if places:
         ledger.write_ledger(output, shard, pa.Table.from_pylist(books, schema=LEDGER))
-        ledger.write_marker(output, shard, raw, [row["reason"] for row in books])
+        reasons = [row["reason"] for row in books]
+        ledger.write_marker(output, shard, raw, reasons, len(first) + len(fit), marker["sha256"])
     return len(again)
