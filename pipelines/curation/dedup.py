@@ -7,7 +7,8 @@ that stays is itself dropped in favour of a third. So a verdict depends on pairs
 spread. Samples of `earlier` and `apart_from` are always preferred.
 
 Memory: each of up to PARTS tasks holds a PARTS-th of the marks (32 bytes a picture) of one round, in four copies at
-worst; the driver holds references only, PARTS² at most. Rounds follow one another.
+worst. The driver holds references, PARTS² at most, and of one round the pairs: results below 100 KB stay with whoever
+asked for them. Rounds follow one another.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ def remove_duplicates(output: str, shards: list[str], kept: int, settings: Dedup
         for number in range(MATTERS[matter].rounds(settings)):
             spreads = [scatter(spread, plan.parts, given, matter, number, marks) for marks in known]
             met = [scatter(meet, len(plan.groups), given, matter, number, *part) for part in zip(*spreads, strict=True)]
-            ray.wait([pairs[0] for pairs in met], num_returns=len(met))
-            for group, pairs in enumerate(zip(*met, strict=True)):
-                found[group].extend(pairs)
+            merged = [merge.remote(*pairs) for pairs in zip(*met, strict=True)]
+            ray.wait(merged, num_returns=len(merged))
+            for group, pairs in enumerate(merged):
+                found[group].append(pairs)
     shown = [scatter(show, len(plan.groups), given, group, *pairs) for group, pairs in enumerate(found)]
     columns = list(zip(*shown, strict=True))
     entered = [enter.remote(given, group, *columns[group]) for group in plan.own_groups()]
@@ -215,6 +217,12 @@ def pairs_of(marks: Columns, better: np.ndarray, worse: np.ndarray, kind: int) -
 def by_group(plan: Plan, pairs: Columns, side: str):
     group = plan.group_of(pairs[side])
     return results_of([taken(pairs, np.flatnonzero(group == each)) for each in range(len(plan.groups))])
+
+
+@ray.remote(num_cpus=1, max_retries=-1)
+def merge(*parts: Columns) -> Columns:
+    """One round's pairs of a group in one piece: small results stay in the driver's memory, and are many."""
+    return once(joined(parts))
 
 
 class Shown(NamedTuple):
