@@ -163,7 +163,8 @@ def measure_shards(folder: str, counts: list[int]) -> Iterator[dict[str, Any]]:
     for count in counts:
         write_tiny(f"{folder}/tiny-{count}", count)
         with TemporaryDirectory(dir=folder) as out:
-            cost = run([*command_of("owl, default"), f"{folder}/tiny-{count}", "--out", f"{out}/out"])
+            small = ["--set", "limits.min_side=32"]
+            cost = run([*command_of("owl, default"), *small, f"{folder}/tiny-{count}", "--out", f"{out}/out"])
         yield {
             "shards": count,
             "wall_s": round(cost.seconds, 1),

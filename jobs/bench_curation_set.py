@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines import storage
+
 TEXT = """the old man in a red coat with two small dogs on the street near a market by the river under morning light;
 a bicycle and a green window table, mountain boat people standing in a bright field at summer, city house tree beach"""
 WORDS = TEXT.split()
@@ -103,7 +105,7 @@ def write_tiny(folder: str, shards: int, each: int = 2) -> None:
         path = Path(folder) / f"tiny-{number:06d}.tar"
         if path.exists():
             continue
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with storage.open_write(str(path)) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for row in range(each):
                 pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
                 buffer = io.BytesIO()
