@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines import storage
+from pipelines.curation.export import add_file
 
 TEXT = """the old man in a red coat with two small dogs on the street near a market by the river under morning light;
 a bicycle and a green window table, mountain boat people standing in a bright field at summer, city house tree beach"""
@@ -90,10 +91,8 @@ def write_set(folder: str, pictures: int, seed: int = 0, each: int = 250) -> lis
                 caption = " ".join(generator.choice(WORDS, size=generator.integers(4, 16)))
                 if generator.random() < 0.02:
                     data, caption = spoilt(data, caption, generator)
-                for extension, content in (("jpg", data), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{number:08d}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                add_file(tar, f"{number:08d}.jpg", data)
+                add_file(tar, f"{number:08d}.txt", caption.encode())
     return paths
 
 
@@ -111,7 +110,5 @@ def write_tiny(folder: str, shards: int, each: int = 2) -> None:
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).resize((64, 64)).save(buffer, "JPEG", quality=60)
                 caption = " ".join(generator.choice(WORDS, size=6))
-                for extension, content in (("jpg", buffer.getvalue()), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{number:06d}{row}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                add_file(tar, f"{number:06d}{row}.jpg", buffer.getvalue())
+                add_file(tar, f"{number:06d}{row}.txt", caption.encode())

@@ -8,7 +8,6 @@ than three words; all store a JPEG of 224 px on the shorter side, its caption an
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SIDE, SMALLEST, LONGEST, FEWEST = 224, 128, 3.0, 3
+from jobs.rivals import with_pillow as pillow
+from jobs.rivals.with_pillow import FEWEST, SIDE, is_fit
 
 
 def bare(raw: str, out: str) -> None:
@@ -44,7 +44,7 @@ def bare_shard(path: str, out: str) -> None:
             header = open_header(sample.images[0])
         except ImageError:
             continue
-        if min(header.size) < SMALLEST or max(header.size) > LONGEST * min(header.size):
+        if not is_fit(header):
             continue
         pixels = decode_jpeg(sample.images[0], header, SIDE * pictures.margin)
         if pixels is None:
@@ -59,25 +59,7 @@ def bare_shard(path: str, out: str) -> None:
 
 
 def with_pillow(data: bytes, caption: str) -> bytes | None:
-    from PIL import Image
-
-    if len(caption.split()) < FEWEST:
-        return None
-    try:
-        image = Image.open(io.BytesIO(data))
-        if min(image.size) < SMALLEST or max(image.size) > LONGEST * min(image.size):
-            return None
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size, as those who know do
-        picture = image.convert("RGB")
-        scale = min(1.0, SIDE / min(picture.size))
-        picture = picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-        )
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
-    except OSError:
-        return None
-    return buffer.getvalue()
+    return None if len(caption.split()) < FEWEST else pillow.shrink(data)
 
 
 def ray_data(raw: str, out: str) -> None:

@@ -87,6 +87,19 @@ def read_pictures(folder: str) -> dict[str, bytes]:
     return {sample["source"]: sample["image"] for sample in samples}
 
 
+def test_moved_thresholds_hold_when_more_raw_shards_come(cluster, world, tmp_path):
+    """Also where no duplicates are looked for, so that nothing else reads the earlier shards again."""
+    first, second, *_ = find_shards([f"{world}/raw/pairs"])
+    output = f"{tmp_path}/out"
+    curate([first], output, Curation(deduplication=None))
+    tight = rethreshold(output, TIGHT)
+    assert (tmp_path / "out" / "report.html").read_text().count(f"{tight['kept']:,}")
+    both = curate([first, second], output, Curation(limits=TIGHT, deduplication=None))
+    fresh = curate([first, second], f"{tmp_path}/fresh", Curation(limits=TIGHT, deduplication=None))
+    assert [both[name] for name in COUNTS] == [fresh[name] for name in COUNTS]
+    assert sum(Dataset([output]).rows) == both["kept"]
+
+
 def test_captions_that_are_written_are_not_masked_later(curated):
     with pytest.raises(OwlError, match=r"limits.contacts keep → mask changes the captions that .* stored"):
         rethreshold(str(curated / "loose"), Limits(contacts="mask"))

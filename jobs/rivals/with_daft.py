@@ -8,7 +8,6 @@ stands still for ever where there are as many tars as CPUs, and costs half as mu
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import tarfile
@@ -19,9 +18,8 @@ os.environ["DO_NOT_TRACK"] = "1"  # it would send telemetry
 import daft
 from daft import DataType, col
 from daft.functions import list_count, regexp_split, unnest
-from PIL import Image
+from with_pillow import FEWEST, shrink
 
-SIDE, SMALLEST, LONGEST, FEWEST = 224, 128, 3.0, 3
 SAMPLE = DataType.struct({"key": DataType.string(), "jpg": DataType.binary(), "txt": DataType.string()})
 
 
@@ -47,24 +45,6 @@ def samples(path: str) -> Iterator[dict]:
 def stored(pictures: daft.Series) -> list[bytes | None]:
     """JPEGs of 224 px on the shorter side; None where a picture is unfit."""
     return [shrink(data) for data in pictures.to_pylist()]
-
-
-def shrink(data: bytes) -> bytes | None:
-    try:
-        image = Image.open(io.BytesIO(data))
-        if min(image.size) < SMALLEST or max(image.size) > LONGEST * min(image.size):
-            return None
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size
-        picture = image.convert("RGB")
-        scale = min(1.0, SIDE / min(picture.size))
-        picture = picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-        )
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
-    except OSError:
-        return None
-    return buffer.getvalue()
 
 
 def curate(raw: str, out: str) -> None:

@@ -9,7 +9,6 @@ the operators; with Data-Juicer's automatic limits every picture is handed from 
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 
@@ -21,9 +20,9 @@ import ray.data
 from data_juicer.core.data.ray_dataset import RayDataset
 from data_juicer.ops import load_ops
 from data_juicer.ops.base_op import OPERATORS, Mapper
-from PIL import Image, ImageFile
+from PIL import ImageFile
+from with_pillow import FEWEST, LONGEST, SMALLEST, shrink
 
-SIDE, SMALLEST, LONGEST, FEWEST = 224, 128, 3.0, 3
 OPERATIONS: dict[str, dict] = {
     "words_num_filter": {"min_num": FEWEST},
     "image_shrink_mapper": {},
@@ -40,26 +39,10 @@ class ImageShrinkMapper(Mapper):
 
     def process_batched(self, samples: dict[str, list]) -> dict[str, list]:
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # Data-Juicer turns it on, and would store half a picture as a whole
-        shrunk = [shrink(pictures[0]) for pictures in samples["image_bytes"]]
+        shrunk = [shrink(pictures[0], judge=False) for pictures in samples["image_bytes"]]
         samples["image_bytes"] = [[data] for data in shrunk]
         whole = [number for number, data in enumerate(shrunk) if data is not None]
         return {name: [values[number] for number in whole] for name, values in samples.items()}
-
-
-def shrink(data: bytes) -> bytes | None:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size
-        picture = image.convert("RGB")
-        scale = min(1.0, SIDE / min(picture.size))
-        picture = picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-        )
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
-    except OSError:
-        return None
-    return buffer.getvalue()
 
 
 def as_samples(table: pa.Table) -> pa.Table:

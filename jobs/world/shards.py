@@ -24,6 +24,7 @@ from PIL import Image
 from jobs.world import language
 from jobs.world.drawing import encode, render
 from jobs.world.scenes import Scene, draw_scene
+from pipelines.curation.export import add_file
 from pipelines.settings import Settings
 
 EXTENSIONS = ("jpg", "jpg", "png", "webp")
@@ -274,9 +275,7 @@ def write_shards(folder: Path, name: str, samples, number: int, tick: Callable[[
             for offset, members in enumerate(samples[index * size : (index + 1) * size]):
                 last = buffer.tell()
                 for extension, data in members:
-                    info = tarfile.TarInfo(f"{name}-{index * size + offset:06d}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    add_file(tar, f"{name}-{index * size + offset:06d}.{extension}", data)
             tick(len(samples[index * size : (index + 1) * size]))
         data = buffer.getvalue()
         if cut_last and index == number - 1:

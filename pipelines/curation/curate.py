@@ -93,24 +93,30 @@ def curate(raw: list[str], output: str, settings: Curation) -> dict:
     if settings.scoring.wanted:
         score(output, good, settings.scoring)
     entries = settle(output, good, settings)
+    run = {
+        "seconds": round(time.monotonic() - began, 1),
+        "samples": sum(entry["in"] for entry in entries if entry["shard"] in todo),
+        "cpus": ray.cluster_resources().get("CPU", 0),
+    }
+    return write_manifest(output, settings, entries, {"run": run, "set_aside": aside})
+
+
+def write_manifest(output: str, settings: Curation, entries: list[dict], facts: dict) -> dict:
+    """Checks the books and closes them: report, then manifest, which also holds ``facts``. Raises OwlError where too
+    much of the input is damaged."""
     ledger.check_books(entries)
     counted = ledger.total(entries)
     refuse_damage(counted, settings.max_error_rate)
     manifest = {
         "settings": settings.model_dump(),
         "versions": {name: version(name) for name in ("owl-vlm", "ray", "pyarrow", "pillow")},
-        "run": {
-            "seconds": round(time.monotonic() - began, 1),
-            "samples": sum(entry["in"] for entry in entries if entry["shard"] in todo),
-            "cpus": ray.cluster_resources().get("CPU", 0),
-        },
         **counted,
-        "set_aside": aside,
+        **facts,
         "shards": entries,
     }
     storage.sweep(output)
     write_report(f"{output}/report.html", output, manifest)
-    storage.write_json(manifest_path, manifest)
+    storage.write_json(f"{output}/manifest.json", manifest)
     return manifest
 
 

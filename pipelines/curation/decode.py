@@ -23,9 +23,8 @@ from owl_model.images import ImageError, decode, open_header
 from pipelines.curation.filters import (
     HeaderStats,
     Limits,
-    caption_stats,
     is_blocked,
-    judge_caption,
+    judge_captions,
     judge_header,
     judge_pixels,
     masked,
@@ -79,9 +78,8 @@ def judge_words(sample: RawSample, limits: Limits, row: dict) -> str | None:
     if sample.messages is not None:
         return judge_messages(sample, row)
     captions = sample.captions or [""]
-    stats = [caption_stats(caption, bool(limits.languages)) for caption in captions]
+    stats, reasons = judge_captions(captions, limits)
     row |= asdict(stats[0])
-    reasons = [judge_caption(caption, stat, limits) for caption, stat in zip(captions, stats, strict=True)]
     fit = [caption.strip() for caption, reason in zip(captions, reasons, strict=True) if reason is None]
     row["caption"] = [masked(caption) for caption in fit] if limits.contacts == "mask" else fit
     if not row["caption"]:

@@ -233,6 +233,13 @@ def judge_caption(caption: str, stats: CaptionStats, limits: Limits) -> str | No
     return next((reason for reason, holds in CAPTION_RULES if holds(caption, stats, limits)), None)
 
 
+def judge_captions(captions: list[str], limits: Limits) -> tuple[list[CaptionStats], list[str | None]]:
+    """Statistics of each caption of a sample, and each one's reason to go; a sample without any has an empty one."""
+    captions = captions or [""]
+    stats = [caption_stats(caption, bool(limits.languages)) for caption in captions]
+    return stats, [judge_caption(caption, stat, limits) for caption, stat in zip(captions, stats, strict=True)]
+
+
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 

@@ -16,13 +16,12 @@ import ray
 
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, refuse_damage
+from pipelines.curation.curate import Curation, write_manifest
 from pipelines.curation.decode import judge
-from pipelines.curation.dedup import cut
 from pipelines.curation.filters import REASONS, Limits
 from pipelines.curation.scoring import score
 from pipelines.curation.sources import read_sample
-from pipelines.curation.verdicts import SHARDS_A_TASK, reason_now, settle
+from pipelines.curation.verdicts import parts_of, reason_now, settle
 from pipelines.records import LEDGER
 from pipelines.settings import OwlError
 
@@ -46,18 +45,13 @@ def rethreshold(output: str, limits: Limits) -> dict[str, Any]:
     settings = Curation.model_validate({**manifest["settings"], "limits": limits})
     raws = {entry["shard"]: entry["raw"] for entry in manifest["shards"]}
     given = ray.put((output, list(raws.items()), settings, limits.max_pixels > before.limits.max_pixels))
-    parts = cut(0, len(raws), max(8, -(-len(raws) // SHARDS_A_TASK)))
-    read_again = sum(ray.get([let_in.remote(given, part) for part in parts]))
+    read_again = sum(ray.get([let_in.remote(given, part) for part in parts_of(raws)]))
     if settings.scoring.wanted:
         score(output, list(raws), settings.scoring)
     entries = settle(output, list(raws), settings, moved=True)
-    ledger.check_books(entries)
-    counted = ledger.total(entries)
-    refuse_damage(counted, settings.max_error_rate)
-    manifest |= {**counted, "shards": entries, "read_again": read_again, "settings": settings.model_dump()}
-    storage.write_json(f"{output}/settings.json", manifest["settings"])
-    storage.write_json(f"{output}/manifest.json", manifest)
-    return manifest
+    storage.write_json(f"{output}/settings.json", settings.model_dump())
+    facts = {"run": manifest["run"], "set_aside": manifest["set_aside"], "read_again": read_again}
+    return write_manifest(output, settings, entries, facts)
 
 
 @ray.remote(num_cpus=1, max_retries=-1)

@@ -6,8 +6,10 @@ back: its row is still in the shard.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import ray
 
 from pipelines import storage
@@ -19,9 +21,8 @@ from pipelines.curation.filters import (
     Limits,
     PixelStats,
     Scores,
-    caption_stats,
     is_blocked,
-    judge_caption,
+    judge_captions,
     judge_header,
     judge_pixels,
     judge_scores,
@@ -40,18 +41,23 @@ def settle(output: str, shards: list[str], settings: Curation, moved: bool = Fal
     than the shards were judged by."""
     again = moved or settings.scoring.wanted
     given = ray.put((output, shards, settings.limits))
-    parts = cut(0, len(shards), max(8, -(-len(shards) // SHARDS_A_TASK)))
     task = judge_again if again else read_entries
-    entries = [entry for part in ray.get([task.remote(given, part) for part in parts]) for entry in part]
+    entries = [entry for part in ray.get([task.remote(given, part) for part in parts_of(shards)]) for entry in part]
     if settings.deduplication is None:
         return entries
     return remove_duplicates(output, shards, sum(entry["kept"] for entry in entries), settings.deduplication)
 
 
+def parts_of(shards: Sized) -> list[tuple[int, int]]:
+    """Ranges of shards, each for one task."""
+    return cut(0, len(shards), max(8, -(-len(shards) // SHARDS_A_TASK)))
+
+
 @ray.remote(num_cpus=1, max_retries=-1)
 def read_entries(given: tuple[str, list[str], Limits], part: tuple[int, int]) -> list[dict]:
+    """Shards' entries of the books as they stand, with what was decided before."""
     output, shards, _ = given
-    return [storage.read_json(f"{output}/markers/{shard}.json") for shard in shards[slice(*part)]]
+    return [ledger.decide(output, shard, [], ()) for shard in shards[slice(*part)]]
 
 
 @ray.remote(num_cpus=1, max_retries=-1)
@@ -62,27 +68,26 @@ def judge_again(given: tuple[str, list[str], Limits], part: tuple[int, int]) -> 
 
 
 def judge_shard_again(output: str, shard: str, limits: Limits) -> dict:
-    scored(output, shard)
-    table = ledger.read_ledger(output, shard)
     decided = []
-    for place, row in enumerate(table.to_pylist()):
+    for place, row in enumerate(with_scores(output, shard).to_pylist()):
         if row["row"] is not None and (reason := reason_now(row, limits)):
             decided.append({"place": place, "reason": reason, "detail": "by a later look at its statistics"})
     before = [reason for reason in REASONS if reason not in LATER]
     return ledger.decide(output, shard, decided, instead_of=before)
 
 
-def scored(output: str, shard: str) -> None:
-    """Copies a shard's scores, where there are any, into its ledger."""
+def with_scores(output: str, shard: str) -> pa.Table:
+    """A shard's ledger, into which its scores, where there are any, are copied."""
     path = f"{output}/scores/{shard}.parquet"
-    if not storage.exists(path):
-        return
-    scores = ledger.read_parquet(path, ["row", *SCORE_NAMES])
     table = ledger.read_ledger(output, shard)
+    if not storage.exists(path):
+        return table
+    scores = ledger.read_parquet(path, ["row", *SCORE_NAMES])
     place = ledger.places_of(table["row"], scores["row"])
     for name in SCORE_NAMES:
         table = ledger.set_column(table, name, scores[name].combine_chunks().take(place))
     ledger.write_ledger(output, shard, table)
+    return table
 
 
 def reason_now(row: dict, limits: Limits) -> str | None:
@@ -90,9 +95,8 @@ def reason_now(row: dict, limits: Limits) -> str | None:
     that is fit is enough."""
     if is_blocked(row["url"], (row["sha256"], row["phash"]), limits):
         return "blocked"
-    if row["captions"]:
-        stats = [caption_stats(caption, bool(limits.languages)) for caption in row["captions"]]
-        reasons = [judge_caption(caption, stat, limits) for caption, stat in zip(row["captions"], stats, strict=True)]
+    if row["captions"] is not None:
+        _, reasons = judge_captions(row["captions"], limits)
         if all(reasons):
             return reasons[0]
     if row["width"] is None:

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pydantic import PositiveInt
 
 from pipelines import storage
+from pipelines.curation.sources import URL_COLUMNS, text_of
 from pipelines.settings import OwlError, Settings
 
-URL_COLUMNS = ("url", "URL", "image_url")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 
 
@@ -98,17 +98,12 @@ def columns(path: str, names: Iterable[str], cutting: Cutting) -> tuple[str, str
 
 def row_of(number: int, url: Any, caption: Any) -> Row:
     captions = [caption] if isinstance(caption, str) else caption if isinstance(caption, list) else []
-    row = Row(number, None, [valid(text) for text in captions if isinstance(text, str)])
+    row = Row(number, None, [text_of(text) for text in captions if isinstance(text, str)])
     if isinstance(url, str) and url.strip():
-        row.url = valid(url.strip())
+        row.url = text_of(url.strip())
     else:
         row.problem = f"its URL is {url!r}"[:200]
     return row
-
-
-def valid(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can spell and no file can hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
