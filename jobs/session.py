@@ -13,6 +13,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",
+    "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -44,8 +45,7 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        store = 400 * 2**20
-        ray.init(address="local", num_cpus=cpus, object_store_memory=store, include_dashboard=True, **quiet)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; after Ray has set a handler that aborts
     try:
         yield

@@ -1,6 +1,6 @@
 """Duplicates, found by moving keys and never pictures; `likeness.py` says what counts as alike.
 
-ledgers → marks ──spread by key──▶ meet ──by the better one's shard──▶ show ──by the other's shard──▶ enter
+ledgers → marks ──spread by key──▶ meet ──by the better one's shard──▶ merge → show ──by the other's shard──▶ enter
 
 Of two samples alike, the one that `Deduplication.keep` prefers stays, and the other is dropped, whether or not the one
 that stays is itself dropped in favour of a third. So a verdict depends on pairs alone, and not on how the work was
@@ -8,7 +8,8 @@ spread. Samples of `earlier` and `apart_from` are always preferred.
 
 Memory: each of up to PARTS tasks holds a PARTS-th of the marks (32 bytes a picture) of one round, in four copies at
 worst. The driver holds references, PARTS² at most, and of one round the pairs: results below 100 KB stay with whoever
-asked for them. Rounds follow one another.
+asked for them. Rounds follow one another, and each leaves its pairs in files: references would have the driver keep all
+that it takes to compute them again.
 """
 
 from __future__ import annotations
@@ -70,23 +71,32 @@ def remove_duplicates(output: str, shards: list[str], kept: int, settings: Dedup
         own=len(others),
         settings=settings,
     )
-    given = ray.put(plan)
-    found: list[list[ray.ObjectRef]] = [[] for _ in plan.groups]
+    given, pairs = ray.put(plan), f"{output}/pairs"
+    found = []
     for matter in asked_for(settings):
         known = [look.remote(given, matter, group) for group in range(len(plan.groups))]
         if matter == "meaning":
             known = about_centres(known, plan)
         for number in range(MATTERS[matter].rounds(settings)):
-            spreads = [scatter(spread, plan.parts, given, matter, number, marks) for marks in known]
-            met = [scatter(meet, len(plan.groups), given, matter, number, *part) for part in zip(*spreads, strict=True)]
-            merged = [merge.remote(*pairs) for pairs in zip(*met, strict=True)]
-            ray.wait(merged, num_returns=len(merged))
-            for group, pairs in enumerate(merged):
-                found[group].append(pairs)
-    shown = [scatter(show, len(plan.groups), given, group, *pairs) for group, pairs in enumerate(found)]
+            found.append(find_pairs(plan, given, matter, number, known, pairs))
+    by_groups = list(zip(*found, strict=True))
+    shown = [scatter(show, len(plan.groups), given, group, paths) for group, paths in enumerate(by_groups)]
     columns = list(zip(*shown, strict=True))
     entered = [enter.remote(given, group, *columns[group]) for group in plan.own_groups()]
-    return [entry for entries in ray.get(entered) for entry in entries]
+    entries = [entry for some in ray.get(entered) for entry in some]
+    storage.remove(pairs)
+    return entries
+
+
+def find_pairs(
+    plan: Plan, given: ray.ObjectRef, matter: str, number: int, known: list[ray.ObjectRef], folder: str
+) -> list[str]:
+    """One round; a file of pairs a group."""
+    spreads = [scatter(spread, plan.parts, given, matter, number, marks) for marks in known]
+    met = [scatter(meet, len(plan.groups), given, matter, number, *part) for part in zip(*spreads, strict=True)]
+    paths = [f"{folder}/{matter}-{number:02d}-{group:03d}.arrow" for group in range(len(plan.groups))]
+    ray.get([merge.remote(path, *some) for path, *some in zip(paths, *met, strict=True)])
+    return paths
 
 
 class Plan:
@@ -220,9 +230,9 @@ def by_group(plan: Plan, pairs: Columns, side: str):
 
 
 @ray.remote(num_cpus=1, max_retries=-1)
-def merge(*parts: Columns) -> Columns:
-    """One round's pairs of a group in one piece: small results stay in the driver's memory, and are many."""
-    return once(joined(parts))
+def merge(path: str, *parts: Columns) -> None:
+    """Writes one round's pairs of a group."""
+    storage.write_arrow(path, pa.table(once(joined(parts))))
 
 
 class Shown(NamedTuple):
@@ -235,9 +245,10 @@ class Shown(NamedTuple):
 
 
 @ray.remote(num_cpus=1, max_retries=-1)
-def show(plan: Plan, group: int, *parts: Columns):
+def show(plan: Plan, group: int, paths: Sequence[str]):
     """Pairs whose better ones stand in this group, with what the others need to know of them; cut by their groups."""
-    pairs = once(joined(parts))
+    tables = [storage.read_arrow(path) for path in paths]
+    pairs = once({name: pa.concat_tables(tables)[name].to_numpy() for name in PAIR})
     targets = plan.group_of(pairs["worse"])
     out = []
     for target in range(len(plan.groups)):
