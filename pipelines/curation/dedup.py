@@ -15,7 +15,7 @@ that it takes to compute them again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ from pipelines.curation.likeness import (
     plain,
     preferences,
 )
-from pipelines.records import THUMBNAIL
+from pipelines.records import THUMBNAIL, THUMBNAILS
 
 PARTS = 256
 ROWS_A_PART = 1_000_000
@@ -235,29 +235,46 @@ def merge(path: str, *parts: Columns) -> None:
     storage.write_arrow(path, pa.table(once(joined(parts))))
 
 
+class Seen(NamedTuple):
+    """One thing of some samples: ``orders``, sorted, and a value for each."""
+
+    orders: np.ndarray
+    values: pa.Array
+
+    def of(self, orders: np.ndarray) -> pa.Array:
+        return self.values.take(pa.array(np.searchsorted(self.orders, orders)))
+
+    def only(self, orders: np.ndarray) -> Seen:
+        orders = np.unique(orders)
+        return Seen(orders, self.of(orders))
+
+
 class Shown(NamedTuple):
     """Pairs, and what their better ones look like: a key, and thumbnail or words where these must decide."""
 
     pairs: Columns
-    keys: dict[int, str]
-    thumbnails: dict[int, bytes]
-    words: dict[int, str]
+    keys: Seen
+    thumbnails: Seen
+    words: Seen
 
 
 @ray.remote(num_cpus=1, max_retries=-1)
-def show(plan: Plan, group: int, paths: Sequence[str]):
+def show(plan: Plan, group: int, paths: Sequence[str]) -> Iterator[Shown]:
     """Pairs whose better ones stand in this group, with what the others need to know of them; cut by their groups."""
     tables = [storage.read_arrow(path) for path in paths]
     pairs = once({name: pa.concat_tables(tables)[name].to_numpy() for name in PAIR})
+    keys = read(plan, pairs["better"], "key")
+    thumbnails = read(plan, of_kind(pairs, "duplicate_near")["better"], "thumbnail")
+    words = read(plan, of_kind(pairs, "duplicate_caption_near")["better"], "words")
     targets = plan.group_of(pairs["worse"])
-    out = []
     for target in range(len(plan.groups)):
         mine = taken(pairs, np.flatnonzero(targets == target))
-        keys = read(plan, mine, "better", "key")
-        thumbnails = read(plan, of_kind(mine, "duplicate_near"), "better", "thumbnail")
-        words = read(plan, of_kind(mine, "duplicate_caption_near"), "better", "words")
-        out.append(Shown(mine, keys, thumbnails, words))
-    return results_of(out)
+        yield Shown(
+            mine,
+            keys.only(mine["better"]),
+            thumbnails.only(of_kind(mine, "duplicate_near")["better"]),
+            words.only(of_kind(mine, "duplicate_caption_near")["better"]),
+        )
 
 
 def once(pairs: Columns) -> Columns:
@@ -273,30 +290,32 @@ def of_kind(pairs: Columns, reason: str) -> Columns:
     return taken(pairs, np.flatnonzero(pairs["kind"] == REASONS.index(reason)))
 
 
-def read(plan: Plan, pairs: Columns, side: str, what: str) -> dict:
-    """Order → key, thumbnail or words of the samples on one side of pairs. One ledger is held at a time."""
-    orders = np.unique(pairs[side])
-    found: dict = {}
-    for rank in np.unique(orders >> PLACE_BITS):
-        book = plan.books[rank]
-        mine = orders[orders >> PLACE_BITS == rank]
-        found.update(zip(mine.tolist(), READERS[what](book, mine & PLACE), strict=True))
-    return found
+def read(plan: Plan, orders: np.ndarray, what: str) -> Seen:
+    """Keys, thumbnails or words of samples. One ledger is held at a time."""
+    orders = np.unique(orders)
+    ranks = orders >> PLACE_BITS
+    kind, at = READERS[what]
+    found = [at(plan.books[rank], orders[ranks == rank] & PLACE) for rank in np.unique(ranks)]
+    return Seen(orders, pa.concat_arrays([values.cast(kind) for values in found] or [pa.array([], kind)]))
 
 
 def column_at(book: Book, places: np.ndarray, name: str) -> pa.Array:
-    return ledger.read_ledger(book.folder, book.shard, [name])[name].take(places)
+    return ledger.read_ledger(book.folder, book.shard, [name])[name].take(places).combine_chunks()
 
 
-def thumbnails(book: Book, places: np.ndarray) -> list[bytes]:
+def thumbnails_at(book: Book, places: np.ndarray) -> pa.Array:
     column = storage.read_arrow(f"{book.folder}/thumbnails/{book.shard}.arrow")["thumbnail"]
-    return column.take(column_at(book, places, "row")).to_pylist()
+    return column.take(column_at(book, places, "row")).combine_chunks()
 
 
-READERS: dict[str, Callable[[Book, np.ndarray], list]] = {
-    "key": lambda book, places: column_at(book, places, "key").to_pylist(),
-    "thumbnail": thumbnails,
-    "words": lambda book, places: [plain(captions) for captions in column_at(book, places, "captions").to_pylist()],
+def words_at(book: Book, places: np.ndarray) -> pa.Array:
+    return pa.array([plain(captions) for captions in column_at(book, places, "captions").to_pylist()], pa.string())
+
+
+READERS: dict[str, tuple[pa.DataType, Callable[[Book, np.ndarray], pa.Array]]] = {
+    "key": (pa.large_string(), lambda book, places: column_at(book, places, "key")),
+    "thumbnail": (THUMBNAILS.field("thumbnail").type, thumbnails_at),
+    "words": (pa.large_string(), words_at),
 }
 
 
@@ -304,10 +323,11 @@ READERS: dict[str, Callable[[Book, np.ndarray], list]] = {
 def enter(plan: Plan, group: int, *parts: Shown) -> list[dict]:
     """Decides on the pairs whose worse ones stand in this group, and enters it; one entry of the books a shard."""
     best: dict[int, tuple[int, int, int, str]] = {}
-    for part in parts:
-        pairs = taken(part.pairs, np.flatnonzero(decide(plan, part)))
-        for better, worse, preference, kind in zip(*(pairs[name].tolist() for name in PAIR), strict=True):
-            found = (kind, -preference, better, part.keys[better])
+    for part, alike in zip(parts, decide(plan, parts), strict=True):
+        pairs = taken(part.pairs, np.flatnonzero(alike))
+        keys = part.keys.of(pairs["better"]).to_pylist()
+        for better, worse, preference, kind, key in zip(*(pairs[name].tolist() for name in PAIR), keys, strict=True):
+            found = (kind, -preference, better, key)
             best[worse] = min(best.get(worse, found), found)
     decided: dict[int, list[dict]] = defaultdict(list)
     for order, (kind, _, better, key) in best.items():
@@ -327,25 +347,31 @@ PAIR = ("better", "worse", "preference", "kind")
 LATER = (*REASONS, "contaminated")
 
 
-def decide(plan: Plan, part: Shown) -> np.ndarray:
-    """[N] whether the pairs are alike, where more than their meeting must decide."""
-    kinds, better, worse = (part.pairs[name] for name in ("kind", "better", "worse"))
-    alike = np.ones(len(kinds), dtype=bool)
-    near = np.flatnonzero(kinds == REASONS.index("duplicate_near"))
-    own = read(plan, taken(part.pairs, near), "worse", "thumbnail")
-    for start in range(0, len(near), AT_ONCE):
-        some = near[start : start + AT_ONCE]
-        first, second = (
-            np.frombuffer(b"".join(seen[o] for o in orders[some].tolist()), np.uint8).reshape(-1, 3 * THUMBNAIL**2)
-            for seen, orders in ((part.thumbnails, better), (own, worse))
-        )
-        alike[some] = alike_pictures(first, second, plan.settings)
-    near = np.flatnonzero(kinds == REASONS.index("duplicate_caption_near"))
-    words = read(plan, taken(part.pairs, near), "worse", "words")
-    for index in near:
-        likeness = jaccard(part.words[int(better[index])], words[int(worse[index])])
-        alike[index] = likeness >= plan.settings.caption_likeness
-    return alike
+def decide(plan: Plan, parts: Sequence[Shown]) -> Iterator[np.ndarray]:
+    """For each part [N] whether its pairs are alike, where more than their meeting must decide."""
+    thumbnails, words = (
+        read(plan, np.concatenate([of_kind(part.pairs, reason)["worse"] for part in parts]), what)
+        for reason, what in (("duplicate_near", "thumbnail"), ("duplicate_caption_near", "words"))
+    )
+    for part in parts:
+        kinds, better, worse = (part.pairs[name] for name in ("kind", "better", "worse"))
+        alike = np.ones(len(kinds), dtype=bool)
+        near = np.flatnonzero(kinds == REASONS.index("duplicate_near"))
+        for start in range(0, len(near), AT_ONCE):
+            some = near[start : start + AT_ONCE]
+            one, two = pixels_of(part.thumbnails, better[some]), pixels_of(thumbnails, worse[some])
+            alike[some] = alike_pictures(one, two, plan.settings)
+        near = np.flatnonzero(kinds == REASONS.index("duplicate_caption_near"))
+        pairs = zip(part.words.of(better[near]).to_pylist(), words.of(worse[near]).to_pylist(), strict=True)
+        likeness = [jaccard(*pair) for pair in pairs]
+        alike[near] = np.array(likeness) >= plan.settings.caption_likeness
+        yield alike
+
+
+def pixels_of(seen: Seen, orders: np.ndarray) -> np.ndarray:
+    """[N, 3·16·16] of samples' thumbnails."""
+    values = b"".join(seen.of(orders).to_pylist())
+    return np.frombuffer(values, np.uint8).reshape(-1, 3 * THUMBNAIL**2)
 
 
 AT_ONCE = 20_000
