@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -120,8 +121,10 @@ class OwlModel(OwlPreTrainedModel):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        look_only: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        """``look_only``, pixels [1, 3, H, W] or features [1, P, D], is seen and stands nowhere."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
@@ -136,6 +139,10 @@ class OwlModel(OwlPreTrainedModel):
             inputs_embeds = self.embedding_norm(self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0)))
             inputs_embeds = self.place(inputs_embeds, is_image, images and images.pooler_output, "image")
             inputs_embeds = self.place(inputs_embeds, is_video, videos and videos.pooler_output, "video")
+            if look_only is not None:
+                pixels, features = (look_only, None) if look_only.ndim == 4 else (None, look_only)
+                seen = self.get_image_features(pixels, features).pooler_output
+                inputs_embeds = inputs_embeds + 0.0 * seen.sum().to(inputs_embeds.dtype)
             if self.training and (idle := self.idle_parameters(images is not None, videos is not None)):
                 inputs_embeds = inputs_embeds + sum(p.flatten()[0] * 0.0 for p in idle)
             if self.config.modality_adaptive:
@@ -153,7 +160,8 @@ class OwlModel(OwlPreTrainedModel):
 
     def idle_parameters(self, images: bool, videos: bool) -> list[nn.Parameter]:
         """What trains but is not touched by a batch without pictures or videos. With zero gradients instead of none,
-        data-parallel ranks that hold pictures do not wait for those that hold none."""
+        data-parallel ranks that hold pictures do not wait for those that hold none. Ranks that shard their weights must
+        gather them together, and give ``look_only`` instead."""
         seeing = {**named(self.vision_model), **named(self.abstractor)}
         if videos:
             idle = {}
@@ -161,7 +169,7 @@ class OwlModel(OwlPreTrainedModel):
             idle = {name: p for name, p in seeing.items() if "temporal" in name}
         else:
             idle = seeing | {name: p for name, p in named(self.language_model).items() if ".multiway.1." in name}
-        return [p for p in idle.values() if p.requires_grad]
+        return [p for p in idle.values() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 def named(module: nn.Module) -> dict[str, nn.Parameter]:

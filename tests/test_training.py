@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 from owl_model import OwlForConditionalGeneration
+from pipelines import storage
 from pipelines.curation.curate import Curation, curate
 from pipelines.settings import OwlError, SettingError, with_overrides
 from pipelines.training import stages
 from pipelines.training.feed import Dataset, Feed, Kept
-from pipelines.training.order import Order
+from pipelines.training.order import Mixture, Order, positions, shares_of
 from pipelines.training.stages import Stage
 from pipelines.training.step import NonFinite, Optimization, build_optimizers, schedule, train_step
 from pipelines.training.train import train
@@ -33,7 +35,7 @@ def datasets(cluster, world, tmp_path_factory) -> dict[str, str]:
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike():
     order = Order((5, 7, 3, 9), seed=4)
-    epochs = [[order.at(p) for p in range(24 * e, 24 * (e + 1))] for e in range(3)]
+    epochs = [[order.at(p)[:2] for p in range(24 * e, 24 * (e + 1))] for e in range(3)]
     everything = sorted((s, r) for s, n in enumerate(order.rows) for r in range(n))
     assert all(sorted(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -41,9 +43,33 @@ def test_every_epoch_is_a_permutation_and_no_two_are_alike():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_a_global_batch_is_the_same_for_any_number_of_workers(world_size):
-    order = Order((50,), seed=0)
-    together = [p for rank in range(world_size) for p in order.batch(3, 12, rank, world_size)]
+    together = [p for rank in range(world_size) for p in positions(3, 12, rank, world_size)]
     assert sorted(together) == list(range(36, 48))
+
+
+def test_a_mixture_holds_to_its_shares_and_repeats_no_sample_within_an_epoch():
+    orders = (Order((500, 300), 1), Order((7, 4), 2), Order((2000,), 3))
+    mixture = Mixture(orders, shares_of((0.7, 0.1, 0.2)), seed=5)
+    assert mixture.shares == (700, 100, 200)
+    places = [mixture.at(position) for position in range(3300)]
+    counts = Counter(place.shard for place in places)
+    assert [counts[shard] for shard in range(5)] == mixture.seen(3300).tolist()
+    for first, last, rows in ((0, 2, 800), (2, 4, 11), (4, 5, 2000)):
+        mine = [place for place in places if first <= place.shard < last]
+        assert [place.epoch for place in mine] == [number // rows for number in range(len(mine))]
+        for epoch in range(len(mine) // rows):
+            assert len({place[:2] for place in mine if place.epoch == epoch}) == rows
+    sizes = [sum(first <= place.shard < last for place in places[:3000]) for first, last in ((0, 2), (2, 4), (4, 5))]
+    assert sizes == [2100, 300, 600]
+    assert [mixture.at(position) for position in range(3000, 3010)] == places[3000:3010]
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 1, 1), (5, 1e-9), (1, 2, 3, 4, 5.5), tuple(range(1, 40))])
+def test_shares_make_a_cycle(weights):
+    shares = shares_of(weights)
+    assert sum(shares) == 1000
+    assert min(shares) >= 1
+    assert all(abs(share - 1000 * weight / sum(weights)) <= 1 for share, weight in zip(shares, weights, strict=True))
 
 
 def test_dropped_duplicates_are_not_fed(datasets):
@@ -59,8 +85,8 @@ def test_a_batch_depends_on_its_step_alone(datasets, processor):
     order = Order(dataset.rows, seed=1)
     straight = list(Feed(dataset, processor, order, 4).batches(0, 6))
     later = next(Feed(dataset, processor, order, 4).batches(5, 6))
-    assert later.keys == straight[5].keys
-    assert torch.equal(later.inputs["input_ids"], straight[5].inputs["input_ids"])
+    assert later[0].keys == straight[5][0].keys
+    assert torch.equal(later[0].inputs["input_ids"], straight[5][0].inputs["input_ids"])
 
 
 def test_features_of_a_frozen_encoder_are_computed_once(datasets, processor):
@@ -72,7 +98,7 @@ def test_features_of_a_frozen_encoder_are_computed_once(datasets, processor):
 
     dataset = Dataset([datasets["pairs"]])
     feed = Feed(dataset, processor, Order(dataset.rows, seed=0), len(Order(dataset.rows, 0)), encode_pictures=encode)
-    first, second = feed.batch(0), feed.batch(1)
+    (first,), (second,) = feed.batch(0), feed.batch(1)
     assert sum(seen) == sum(dataset.rows)
     lookup = dict(zip(first.keys, first.inputs["vision_features"], strict=True))
     for key, value in zip(second.keys, second.inputs["vision_features"], strict=True):
@@ -113,17 +139,45 @@ def test_only_what_the_table_says_moves(owl, datasets, processor, stage, moving)
     assert any("abstractor" in name for name in moved) == ("abstractor" in moving)
 
 
+def test_accumulated_micro_batches_equal_one_batch(model_folder, datasets, processor):
+    """1 × 8 and 8 × 1, and uneven pieces: one loss, one gradient."""
+    dataset = Dataset([datasets["pairs"], datasets["instructions"], datasets["text"]])
+    order = dataset.order(0, [1, 1, 1])
+    settings = Optimization(learning_rate=1e-3, warmup=1)
+    results = []
+    for micro in (8, 1, 3):
+        owl = OwlForConditionalGeneration.from_pretrained(model_folder)
+        model = stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
+        stages.train_mode(owl, stages.STAGES["stage1"])
+        feed = Feed(dataset, processor, order, 8, micro_batch=micro)
+        optimizers = build_optimizers(model, settings)
+        losses = [train_step(model, feed.batch(step), optimizers, settings, 1.0)["loss"] for step in range(3)]
+        results.append((losses, {name: value.clone() for name, value in owl.named_parameters()}))
+    assert [len(Feed(dataset, processor, order, 8, micro_batch=micro).batch(0)) for micro in (8, 1, 3)] == [1, 8, 3]
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-6)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, results[0][1][name], atol=1e-5, rtol=0)
+
+
+def test_a_thousand_shards_open_at_once(tmp_path):
+    entries = [{"shard": f"s{number}", "kept": 100 + number} for number in range(1000)]
+    storage.write_json(f"{tmp_path}/manifest.json", {"shards": [*entries, {"shard": "empty", "kept": 0}]})
+    dataset = Dataset([str(tmp_path)])  # no shard is there: nothing but the manifest is read
+    assert dataset.rows == tuple(100 + number for number in range(1000))
+
+
 def test_a_sample_with_nothing_supervised_adds_nothing_and_is_counted(owl, datasets, processor):
     dataset = Dataset([datasets["instructions"]])
     feed = Feed(dataset, processor, Order(dataset.rows, 0), 4)
     answered = feed.conversation
-    feed.conversation = lambda sample, position: [m for m in answered(sample, position) if m["role"] != "assistant"]
-    silent = feed.batch(0)
+    feed.conversation = lambda *sample: [m for m in answered(*sample) if m["role"] != "assistant"]
+    (silent,) = feed.batch(0)
     assert (silent.supervised, silent.unsupervised) == (0, 4)
     model = stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
     before = {name: value.clone() for name, value in owl.named_parameters()}
     settings = Optimization(weight_decay=0.0)
-    metrics = train_step(model, silent, build_optimizers(model, settings), settings, 1.0)
+    metrics = train_step(model, [silent], build_optimizers(model, settings), settings, 1.0)
     assert (metrics["loss"], metrics["tokens"], metrics["unsupervised"]) == (0.0, 0.0, 4.0)
     assert all(torch.equal(value, before[name]) for name, value in owl.named_parameters())
 
@@ -144,10 +198,10 @@ def test_a_loss_that_is_no_number_stops_before_the_optimizer_moves(owl, datasets
         owl.model.abstractor.visual_fc.weight[0, 0] = float("nan")
     before = owl.model.abstractor.query_tokens.clone()
     dataset = Dataset([datasets["pairs"]])
-    batch = Feed(dataset, processor, Order(dataset.rows, 0), 2).batch(0)
+    batches = Feed(dataset, processor, Order(dataset.rows, 0), 2).batch(0)
     settings = Optimization()
-    with pytest.raises(NonFinite, match=batch.keys[0]):
-        train_step(model, batch, build_optimizers(model, settings), settings, 1.0)
+    with pytest.raises(NonFinite, match=batches[0].keys[0]):
+        train_step(model, batches, build_optimizers(model, settings), settings, 1.0)
     assert torch.equal(before, owl.model.abstractor.query_tokens)
 
 
@@ -187,6 +241,39 @@ def test_stage_one_on_two_workers(cluster, datasets, model_folder, tmp_path):
     assert train("stage1", settings, f"{tmp_path}/run") == log
     with pytest.raises(OwlError, match="steps 6 → 7"):
         train("stage1", settings.model_copy(update={"steps": 7}), f"{tmp_path}/run")
+
+
+WAYS = {"one worker": {"workers": 1}, "DDP": {"workers": 2}, "FSDP2": {"workers": 2, "sharding": "weights"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_workers_and_sharding_change_nothing(cluster, datasets, model_folder, tmp_path, stage):
+    """A mixture with texts, so that ranks meet batches with and without pictures: 20 steps on one worker, on two, and
+    on two that share the weights out."""
+    settings = Stage(
+        data=[datasets["text"], datasets["instructions"]],
+        weights=[3, 1],
+        start=model_folder,
+        steps=20,
+        batch_size=4,
+        micro_batch=1,
+        checkpoint_every=10,
+        log_every=1,
+        lora=stages.Lora(dropout=0.0),
+        optimization=Optimization(learning_rate=1e-3, warmup=2),
+    )
+    losses, weights = {}, {}
+    for name, way in WAYS.items():
+        log = train(stage, settings.model_copy(update=way), f"{tmp_path}/{name}")
+        losses[name] = [entry["loss"] for entry in log["history"]]
+        weights[name] = OwlForConditionalGeneration.from_pretrained(f"{tmp_path}/{name}/model").state_dict()
+        assert sum(log["used"].values()) == 80
+        assert log["used"][datasets["text"]] == pytest.approx(60, abs=12)
+    for name in ("DDP", "FSDP2"):
+        assert losses[name] == pytest.approx(losses["one worker"], rel=1e-5), name
+        for key, value in weights[name].items():
+            torch.testing.assert_close(value, weights["one worker"][key], atol=1e-5, rtol=0, msg=f"{name} {key}")
 
 
 @pytest.mark.slow

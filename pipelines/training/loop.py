@@ -11,12 +11,12 @@ import ray.train
 import ray.train.torch
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from owl_model import OwlForConditionalGeneration, OwlProcessor
 from pipelines import storage
 from pipelines.training import stages, state
 from pipelines.training.feed import Dataset, Feed
-from pipelines.training.order import Order
 from pipelines.training.step import build_optimizers, schedule, train_step
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,20 @@ def work(config: dict[str, Any]) -> None:
     adapted = stages.prepare(owl, trains, settings.lora)
     stages.train_mode(owl, trains)
     counts = stages.count_parameters(owl)
+    if settings.checkpoint_activations:
+        owl.gradient_checkpointing_enable({"use_reentrant": False})
+    sharded = settings.sharding == "weights" and world > 1
+    if sharded:
+        shard(adapted, [] if trains.vision == "trains" else list(owl.model.vision_model.parameters()))
     optimizers = build_optimizers(adapted, settings.optimization)
 
     # 2. Where an earlier run stopped.
     step, history = state.restore(adapted, optimizers)
-    model = ray.train.torch.prepare_model(adapted) if world > 1 else adapted
+    model = ray.train.torch.prepare_model(adapted) if world > 1 and not sharded else adapted
 
     # 3. The data from there on.
     dataset = Dataset(settings.data)
-    order = Order(dataset.rows, settings.seed)
+    order = dataset.order(settings.seed, settings.weights)
     frozen_vision = trains.pictures and trains.vision == "frozen"
     feed = Feed(
         dataset,
@@ -54,7 +59,9 @@ def work(config: dict[str, Any]) -> None:
         settings.batch_size,
         rank=rank,
         world=world,
+        micro_batch=settings.micro_batch,
         pictures=trains.pictures,
+        always_look=sharded and trains.pictures,
         encode_pictures=Frozen(owl) if frozen_vision else None,
         keep_bytes=settings.keep_megabytes << 20,
     )
@@ -63,10 +70,11 @@ def work(config: dict[str, Any]) -> None:
     unsupervised = history[-1]["unsupervised"] if history else 0.0
     began, waited = time.monotonic(), 0.0
     asked = time.monotonic()
-    for batch in feed.batches(step, settings.steps):
+    precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    for batches in feed.batches(step, settings.steps):
         waited += time.monotonic() - asked
         rate = schedule(step, settings.steps, settings.optimization.warmup)
-        metrics = train_step(model, batch, optimizers, settings.optimization, rate)
+        metrics = train_step(model, batches, optimizers, settings.optimization, rate, precision)
         unsupervised = metrics["unsupervised"] = unsupervised + metrics["unsupervised"]
         step += 1
         if step % settings.log_every == 0 or step == settings.steps:
@@ -78,10 +86,31 @@ def work(config: dict[str, Any]) -> None:
         asked = time.monotonic()
 
     # 5. The model folder.
+    used = dataset.used(order, step * settings.batch_size)
+    whole = adapted
+    if sharded:
+        weights = state.gather_whole(adapted)
+        if rank == 0:
+            fresh = OwlForConditionalGeneration.from_pretrained(config["start"], dtype=torch.float32)
+            whole = stages.prepare(fresh, trains, settings.lora)
+            state.set_weights(whole, weights)
     if rank == 0:
-        export(adapted, processor, config["finish"])
-        storage.write_json(config["log"], {"parameters": counts, "history": history})
+        export(whole, processor, config["finish"])
+        storage.write_json(config["log"], {"parameters": counts, "history": history, "used": used})
     ray.train.report({"step": step})
+
+
+def shard(model: nn.Module, whole: list[nn.Parameter]) -> None:
+    """Every worker holds a part of each layer (FSDP2), and gathers it when it is needed; all but ``whole``, which the
+    feed uses by itself."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # outer lists of layers come before those within them
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            inside |= set(module.modules())
+            for layer in module:
+                if not set(layer.parameters()) & set(whole):
+                    fully_shard(layer)
+    fully_shard(model, ignored_params=set(whole))
 
 
 class Frozen:

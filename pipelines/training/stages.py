@@ -12,6 +12,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import model_validator
+
 from pipelines.settings import OwlError, Settings
 
 if TYPE_CHECKING:  # settings need not wait for torch
@@ -79,12 +81,23 @@ class Stage(Settings):
 
     data: list[str] = []
     """Folders of curated datasets."""
+    weights: list[float] = []
+    """Each dataset's share of what is seen, in any unit; empty goes through all of them together, each sample once an
+    epoch."""
     start: str = ""
     """Model folder to begin from."""
     steps: int = 50_000
     """Optimizer steps."""
     batch_size: int = 256
     """Samples in a global batch, over all workers."""
+    micro_batch: int = 0
+    """Samples that a worker computes at once; gradients of the rest of its share are added. 0 takes all at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What matrices are multiplied in; weights that train, and the optimizer, stay in fp32."""
+    checkpoint_activations: bool = False
+    """Whether activations inside layers are computed anew in the backward pass, which saves their memory."""
+    sharding: Literal["none", "weights"] = "none"
+    """Whether every worker holds all weights (DDP), or each a part (FSDP2)."""
     optimization: Optimization = Optimization()
     """Optimizer and schedule."""
     lora: Lora = Lora()
@@ -107,6 +120,16 @@ class Stage(Settings):
     """Memory of a worker for prepared pictures (or features, where vision is frozen)."""
     seed: int = 0
     """Of the order of samples and of fresh weights."""
+
+    @model_validator(mode="after")
+    def settings_go_together(self) -> Stage:
+        if self.weights and (len(self.weights) != len(self.data) or min(self.weights) <= 0):
+            raise ValueError(
+                f"weights {self.weights} must be one positive number for each of {len(self.data)} datasets"
+            )
+        if self.sharding == "weights" and self.optimization.optimizer == "muon":
+            raise ValueError("optimization.optimizer muon needs whole matrices, which sharding weights takes apart")
+        return self
 
     def trains(self, stage: str) -> Trains:
         table = STAGES[stage]

@@ -33,6 +33,16 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int,
     }
 
 
+def gather_whole(model: nn.Module) -> dict[str, Any]:
+    """What trains, put together on rank 0 from the parts that every rank holds; every rank calls it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    return get_model_state_dict(model, options=options)
+
+
+def set_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    set_model_state_dict(model, weights, options=OPTIONS)
+
+
 def save(metrics: dict, model: nn.Module, optimizers: list, step: int, history: list[dict]) -> None:
     """Reports a checkpoint of this step to Ray Train; every rank calls it."""
     folder = tempfile.mkdtemp(prefix="owl-checkpoint-")
@@ -54,7 +64,7 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[
         prime(optimizers)
         state = gather(model, optimizers, 0, [])
         dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(model, state["model"], options=OPTIONS)
+    set_weights(model, state["model"])
     for index, optimizer in enumerate(optimizers):
         optimizer.load_state_dict(state["optimizers"][str(index)])
     torch.set_rng_state(state["torch_random"])
