@@ -12,6 +12,7 @@ Follows transformers' conventions for multimodal models (`get_image_features`, `
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -183,6 +184,12 @@ BIASED_HEADS = ("codegen", "gptj", "phi")
 """Language models whose head has a bias, which their configuration does not tell."""
 
 
+@dataclass
+class OwlOutput(CausalLMOutputWithPast):
+    token_losses: torch.Tensor | None = None
+    """[T] of the supervised tokens in reading order, for the log: no gradient passes through them."""
+
+
 class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
     """An Owl with its head. ``from_pretrained`` also opens the authors' folders (owl_model/official.py)."""
 
@@ -292,10 +299,12 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> OwlOutput:
         """With ``labels`` [B, L] (-100 = not supervised): the loss, summed over the supervised tokens and divided by
         ``num_items_in_batch`` (by their count here, if it is not given). Only the supervised rows meet the head, so
-        no logits are returned then; a batch with nothing supervised has the loss zero."""
+        no logits are returned then, nor keys and values kept; a batch with nothing supervised has the loss zero."""
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # beside a cache, transformers overlooks that samples are packed
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -312,11 +321,12 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != -100
-            total = self.summed_loss(hidden[:, :-1][supervised], targets[supervised])
+            losses = self.token_losses(hidden[:, :-1][supervised], targets[supervised])
             count = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            return CausalLMOutputWithPast(loss=total / count, past_key_values=outputs.past_key_values)
+            kept = {"past_key_values": outputs.past_key_values, "token_losses": losses.detach()}
+            return OwlOutput(loss=losses.sum() / count, **kept)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.logits(hidden[:, keep]), past_key_values=outputs.past_key_values)
+        return OwlOutput(logits=self.logits(hidden[:, keep]), past_key_values=outputs.past_key_values)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[…, Dt] → [… , V], scaled and capped where the language model's family does so after its head."""
@@ -330,17 +340,17 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of [T, Dt] against [T], summed. Never more than LOSS_ROWS rows of logits exist at once: with
+    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[T] cross-entropies of [T, Dt] against [T]. Never more than LOSS_ROWS rows of logits exist at once: with
         more, each piece is computed again in the backward pass."""
 
         def piece(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+            return nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
 
         if len(targets) <= LOSS_ROWS:
             return piece(hidden, targets)
         pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-        return torch.stack([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces]).sum()
+        return torch.cat([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces])
 
 
 AutoConfig.register("owl", OwlConfig, exist_ok=True)

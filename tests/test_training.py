@@ -9,19 +9,26 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BloomConfig
 
-from owl_model import OwlForConditionalGeneration
+from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlVisionConfig
 from pipelines import storage
 from pipelines.curation.curate import Curation, curate
 from pipelines.settings import OwlError, SettingError, with_overrides
 from pipelines.training import stages
-from pipelines.training.feed import Dataset, Feed, Kept
+from pipelines.training.cache import Cache
+from pipelines.training.feed import Dataset, Feed, Kept, Looks
+from pipelines.training.loop import patches_of, refuse_packing
 from pipelines.training.order import Mixture, Order, positions, shares_of
+from pipelines.training.packing import plan, share_out
 from pipelines.training.stages import Stage
 from pipelines.training.step import NonFinite, Optimization, build_optimizers, schedule, train_step
 from pipelines.training.train import train
+from pipelines.training.watch import operations
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,8 @@ def test_features_of_a_frozen_encoder_are_computed_once(datasets, processor):
         return pixels.mean(dim=(2, 3))[:, None]
 
     dataset = Dataset([datasets["pairs"]])
-    feed = Feed(dataset, processor, Order(dataset.rows, seed=0), len(Order(dataset.rows, 0)), encode_pictures=encode)
+    looks = Looks(encode=encode)
+    feed = Feed(dataset, processor, Order(dataset.rows, seed=0), len(Order(dataset.rows, 0)), looks=looks)
     (first,), (second,) = feed.batch(0), feed.batch(1)
     assert sum(seen) == sum(dataset.rows)
     lookup = dict(zip(first.keys, first.inputs["vision_features"], strict=True))
@@ -126,7 +134,7 @@ def test_only_what_the_table_says_moves(owl, datasets, processor, stage, moving)
     assert {name for name, count in counts.items() if count["trainable"]} == moving
     before = {name: value.clone() for name, value in owl.named_parameters()}
     dataset = Dataset([datasets["instructions"]])
-    feed = Feed(dataset, processor, Order(dataset.rows, 0), 8, pictures=trains.pictures)
+    feed = Feed(dataset, processor, Order(dataset.rows, 0), 8, looks=Looks(pictures=trains.pictures))
     settings = Optimization(learning_rate=1e-2, warmup=1)
     for step in range(2):  # LoRA's first matrix moves only after its second has
         train_step(model, feed.batch(step), build_optimizers(model, settings), settings, 1.0)
@@ -151,13 +159,175 @@ def test_accumulated_micro_batches_equal_one_batch(model_folder, datasets, proce
         stages.train_mode(owl, stages.STAGES["stage1"])
         feed = Feed(dataset, processor, order, 8, micro_batch=micro)
         optimizers = build_optimizers(model, settings)
-        losses = [train_step(model, feed.batch(step), optimizers, settings, 1.0)["loss"] for step in range(3)]
+        losses = [
+            train_step(model, feed.batch(step), optimizers, settings, 1.0, datasets=3)["loss"] for step in range(3)
+        ]
         results.append((losses, {name: value.clone() for name, value in owl.named_parameters()}))
     assert [len(Feed(dataset, processor, order, 8, micro_batch=micro).batch(0)) for micro in (8, 1, 3)] == [1, 8, 3]
     for losses, weights in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-6)
         for name, value in weights.items():
             torch.testing.assert_close(value, results[0][1][name], atol=1e-5, rtol=0)
+
+
+def test_rows_are_packed_full_and_shared_out_evenly():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = random.integers(1, 120, size=random.integers(1, 200)).tolist()
+        pictures = random.integers(0, 2, size=len(lengths)).tolist()
+        world = int(random.integers(1, 5))
+        ranks = plan(lengths, pictures, 100, world)
+        rows = [row for mine in ranks for row in mine]
+        assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in row) <= 100 or len(row) == 1 for row in rows)
+        assert max(map(len, ranks)) == -(-len(rows) // world)
+        assert len(rows) <= 1.25 * sum(min(length, 100) for length in lengths) / 100 + 2
+        assert sorted(map(sorted, rows)) == sorted(map(sorted, plan(lengths, pictures, 100, 1)[0]))
+    costs = [sum(random.integers(1, 100, size=400)) for _ in range(64)]
+    loads = [sum(costs[row] for row in mine) for mine in share_out(costs, 4)]
+    assert max(loads) < 1.01 * min(loads)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_samples_do_not_see_each_other(pair, datasets, checkpointing):
+    """Each family: loss and gradients of a packed batch, pictures and texts mixed, equal those of one sample a row."""
+    owl, processor = pair
+    if checkpointing:
+        owl.activation_checkpointing_enable()
+    dataset = Dataset([datasets["pairs"], datasets["instructions"], datasets["text"]])
+    order = dataset.order(0, [1, 1, 1])
+    found = []
+    for pack_tokens in (0, 128):
+        feed = Feed(dataset, processor, order, 12, pack_tokens=pack_tokens, max_tokens=128)
+        (batch,) = feed.batch(0)
+        owl.train().zero_grad()
+        out = owl(**batch.inputs)
+        out.loss.backward()
+        losses = [out.token_losses[batch.datasets == which].sum() for which in range(3)]
+        found.append((batch, out.loss, torch.stack(losses), {n: p.grad.clone() for n, p in owl.named_parameters()}))
+    (one, loss, losses, gradients), (packed, packed_loss, packed_losses, packed_gradients) = found
+    assert len(packed.inputs["labels"]) < len(one.inputs["labels"])
+    assert sorted(packed.keys) == sorted(one.keys)
+    assert (packed.supervised, packed.tokens, packed.pictures) == (one.supervised, one.tokens, one.pictures)
+    torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed_losses, losses, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_packing_is_refused_where_samples_would_see_each_other(processor):
+    text = BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=len(processor.tokenizer))
+    vision = OwlVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    abstractor = OwlAbstractorConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_hidden_size=16
+    )
+    config = OwlConfig(vision_config=vision, abstractor_config=abstractor, text_config=text)
+    with pytest.raises(OwlError, match="pack_tokens does not fit this language model"):
+        refuse_packing(OwlForConditionalGeneration(config), processor)
+
+
+def test_a_sample_that_is_too_long_is_cut_and_counted(datasets, processor):
+    dataset = Dataset([datasets["instructions"]])
+    whole = Feed(dataset, processor, Order(dataset.rows, 0), 8).batch(0)[0]
+    longest = int(whole.inputs["attention_mask"].sum(dim=1).max())
+    (cut,) = Feed(dataset, processor, Order(dataset.rows, 0), 8, max_tokens=longest - 1).batch(0)
+    assert whole.cut == 0
+    assert 1 <= cut.cut == int((whole.inputs["attention_mask"].sum(dim=1) == longest).sum())
+    assert cut.pictures == whole.pictures
+    (none,) = Feed(dataset, processor, Order(dataset.rows, 0), 8, max_tokens=3).batch(0)
+    assert (none.cut, none.pictures, none.supervised, none.unsupervised) == (8, 0, 0, 8)  # no room for any picture
+
+
+def test_a_crop_is_another_each_epoch_and_the_same_each_time(datasets, processor):
+    dataset = Dataset([datasets["pairs"]])
+    order = Order(dataset.rows, 0)
+    batches = [
+        Feed(dataset, processor, order, len(order), looks=Looks(crop=0.6)).batch(epoch)[0] for epoch in (0, 0, 1)
+    ]
+    pictures = [dict(zip(batch.keys, batch.inputs["pixel_values"], strict=True)) for batch in batches]
+    assert all(torch.equal(pictures[0][key], pictures[1][key]) for key in pictures[0])
+    assert sum(torch.equal(pictures[0][key], pictures[2][key]) for key in pictures[0]) < len(pictures[0]) / 10
+
+
+def test_remote_shards_are_copied_ahead_checked_and_held_to_a_size(datasets, processor, tmp_path):
+    """fsspec's memory:// stands for a bucket here; tests/test_exactness.py has a real one."""
+    files, plain = storage.filesystem("memory://bucket/pairs")
+    files.put(f"{datasets['pairs']}/", plain, recursive=True)
+    cache = Cache(1, f"{tmp_path}/cache")  # so small that each new shard drives out the others
+    dataset = Dataset(["memory://bucket/pairs"], cache)
+    here = Dataset([datasets["pairs"]])
+    order = Order(here.rows, 0)
+    for step in range(3):
+        (far,), (near,) = (Feed(each, processor, order, 8).batch(step) for each in (dataset, here))
+        assert far.keys == near.keys
+        assert torch.equal(far.inputs["pixel_values"], near.inputs["pixel_values"])
+    for future in cache.coming.values():
+        future.result()
+    assert len(list((tmp_path / "cache").iterdir())) <= 4  # as many as are copied at once
+    name = storage.listing("memory://bucket/pairs/shards", ".arrow")[0]
+    with storage.open_read(name) as file:
+        content = file.read()
+    with storage.open_write(name) as file:
+        file.write(content[:-9] + b"x" + content[-8:])
+    fresh = Dataset(["memory://bucket/pairs"], Cache(1 << 30, f"{tmp_path}/fresh"))
+    with pytest.raises(OwlError, match="is not what its manifest says"):
+        [fresh.read(shard, 0) for shard in range(len(fresh.rows))]
+    files.rm("/bucket", recursive=True)
+
+
+def test_lower_layers_of_the_vision_encoder_learn_slower(owl):
+    stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
+    settings = Optimization(learning_rate=1.0, layer_decay=0.5)
+    (adamw,) = build_optimizers(owl, settings)
+    rates = {id(p): group["peak"] for group in adamw.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in owl.named_parameters() if p.requires_grad}
+    layers = owl.config.vision_config.num_hidden_layers
+    assert {rate for name, rate in named.items() if "abstractor" in name} == {1.0}
+    for number in range(layers):
+        assert {rate for name, rate in named.items() if f"layers.{number}." in name and "vision_model" in name} == {
+            0.5 ** (layers - number)
+        }
+    assert named["model.vision_model.embeddings.cls_token"] == 0.5 ** (layers + 1)
+
+
+def test_the_visual_side_alone_learns(pair):
+    owl, _ = pair
+    if not owl.config.modality_adaptive:
+        with pytest.raises(OwlError, match="the model lacks"):
+            stages.prepare(owl, stages.STAGES["owl2_stage1"], stages.Lora())
+        return
+    stages.prepare(owl, stages.STAGES["owl2_stage1"], stages.Lora())
+    learning = {name for name, p in owl.named_parameters() if p.requires_grad and "language_model" in name}
+    assert learning
+    assert all(".multiway.1." in name for name in learning)
+    assert not owl.lm_head.weight.requires_grad
+
+
+def test_frozen_weights_rest_in_bf16(owl, datasets, processor):
+    trains = stages.STAGES["stage2"]
+    model = stages.prepare(owl, trains, stages.Lora(dropout=0.0))
+    stages.train_mode(owl, trains)
+    stages.freeze_in(owl, torch.bfloat16)
+    assert {p.dtype for p in owl.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in owl.parameters() if not p.requires_grad} == {torch.bfloat16}
+    dataset = Dataset([datasets["instructions"]])
+    settings = Optimization(learning_rate=1e-2, warmup=1)
+    optimizers = build_optimizers(model, settings)
+    batch = Feed(dataset, processor, Order(dataset.rows, 0), 8).batch(0)
+    losses = [train_step(model, batch, optimizers, settings, 1.0, torch.bfloat16)["loss"] for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_operations_are_near_what_is_counted(owl, datasets, processor):
+    """The usual count, against PyTorch's counter, at a length where attention scores weigh little."""
+    stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
+    stages.train_mode(owl, stages.STAGES["stage1"])
+    dataset = Dataset([datasets["pairs"]])
+    (batch,) = Feed(dataset, processor, Order(dataset.rows, 0), 16).batch(0)
+    with FlopCounterMode(display=False) as counter:
+        owl(**batch.inputs).loss.backward()
+    counted = operations(stages.count_parameters(owl), batch.inputs["labels"].numel(), batch.pictures, patches_of(owl))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.3)
 
 
 def test_a_thousand_shards_open_at_once(tmp_path):
@@ -178,7 +348,7 @@ def test_a_sample_with_nothing_supervised_adds_nothing_and_is_counted(owl, datas
     before = {name: value.clone() for name, value in owl.named_parameters()}
     settings = Optimization(weight_decay=0.0)
     metrics = train_step(model, [silent], build_optimizers(model, settings), settings, 1.0)
-    assert (metrics["loss"], metrics["tokens"], metrics["unsupervised"]) == (0.0, 0.0, 4.0)
+    assert (metrics["loss"], metrics["supervised"], metrics["unsupervised"]) == (0.0, 0, 4)
     assert all(torch.equal(value, before[name]) for name, value in owl.named_parameters())
 
 
