@@ -174,6 +174,17 @@ def local_folder(path: str) -> Iterator[str]:
         yield here
 
 
+@contextlib.contextmanager
+def folder_for(path: str) -> Iterator[str]:
+    """A folder on this machine to write to; what it holds is at ``path`` when the block ends well."""
+    if "://" not in path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="owl-copy-") as here:
+        yield here
+        write_folder(here, path)
+
+
 def write_folder(local: str, path: str) -> None:
     """Copies a folder's files, all below it too, to a local or remote one."""
     fs, plain = filesystem(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from owl_model import OwlForConditionalGeneration, OwlProcessor
 from owl_model.chat import Encoded
+from owl_model.conversion import resize_pictures
 from pipelines import storage
 from pipelines.settings import OwlError
 from pipelines.training import stages
@@ -37,7 +37,7 @@ def work(config: dict[str, Any]) -> None:
     torch.manual_seed(settings.seed)
 
     # 1. The model, with what trains unfrozen.
-    owl, processor = open_model(config["start"])
+    owl, processor = open_model(config["start"], settings.image_size)
     if settings.pack_tokens:
         refuse_packing(owl, processor)
     adapted = stages.prepare(owl, trains, settings.lora)
@@ -121,7 +121,7 @@ def work(config: dict[str, Any]) -> None:
         leaving = ray.train.get_preemption_info() is not None and not warned
         if (step % settings.checkpoint_every == 0 or leaving) and step < settings.steps:
             began, warned = time.monotonic(), leaving
-            write_keys(run, keys, rank)
+            write_keys(run, keys, rank, world)
             validation = settings.validate_every > 0 and step % settings.validate_every == 0
             saver.save({"step": step, "loss": metrics["loss"]}, step, history, validation)
             clock.spend("checkpoint", began)
@@ -129,12 +129,12 @@ def work(config: dict[str, Any]) -> None:
     saver.arrived.wait()
 
     # 5. The model folder.
-    write_keys(run, keys, rank)
+    write_keys(run, keys, rank, world)
     whole: nn.Module = adapted
     if sharded or precision != torch.float32:
         weights = gather_whole(adapted)
         if rank == 0:
-            fresh, _ = open_model(config["start"])
+            fresh, _ = open_model(config["start"], settings.image_size)
             whole = stages.prepare(fresh, trains, settings.lora)
             set_weights(whole, weights)
     if rank == 0:
@@ -146,10 +146,18 @@ def work(config: dict[str, Any]) -> None:
     ray.train.report({"step": step})
 
 
-def open_model(folder: str) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
+def open_model(folder: str, side: int) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
+    """A model to begin from, with its processor; for pictures of ``side`` px, unless that is 0."""
     with storage.local_folder(folder) as here:
         owl = OwlForConditionalGeneration.from_pretrained(here, dtype=torch.float32)
-        return owl, OwlProcessor.from_pretrained(here)
+        processor = OwlProcessor.from_pretrained(here)
+    if side and side != processor.image_processor.image_size:
+        try:
+            resize_pictures(owl, side)
+        except ValueError as error:
+            raise OwlError(f"image_size {side} does not fit {folder}: {error}") from None
+        processor.image_processor.image_size = side
+    return owl, processor
 
 
 def speed(clock: Clock, sums: Counter[str]) -> dict[str, float]:
@@ -164,10 +172,10 @@ def speed(clock: Clock, sums: Counter[str]) -> dict[str, float]:
     }
 
 
-def write_keys(run: str, keys: dict[int, list[str]], rank: int) -> None:
+def write_keys(run: str, keys: dict[int, list[str]], rank: int, world: int) -> None:
     """The samples of this rank's steps since the last time, and forgets them."""
     if keys:
-        storage.write_json(f"{run}/keys/{min(keys):08d}-{max(keys):08d}-{rank:05d}.json", keys)
+        storage.write_json(f"{run}/keys/{min(keys):08d}-{max(keys):08d}-{rank}of{world}.json", keys)
         keys.clear()
 
 
@@ -223,8 +231,7 @@ class Frozen:
 def export(model: nn.Module, processor: OwlProcessor, folder: str) -> None:
     """Writes a folder that ``from_pretrained`` opens, with LoRA merged into the language model; local or remote."""
     owl = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    with tempfile.TemporaryDirectory(prefix="owl-model-") as here:
+    with storage.folder_for(folder) as here:
         owl.save_pretrained(here)
         processor.save_pretrained(here)
-        storage.write_folder(here, folder)
     storage.write_text(f"{folder}/finished", "")

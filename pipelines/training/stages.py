@@ -94,6 +94,8 @@ class Stage(Settings):
     epoch."""
     start: str = ""
     """Model folder to begin from."""
+    image_size: int = 0
+    """Side of the pictures in px, where it is not the starting model's; 0 keeps that."""
     steps: int = 50_000
     """Optimizer steps."""
     batch_size: int = 256

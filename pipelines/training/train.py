@@ -5,6 +5,7 @@ A run has a name. Run again under the same name it goes on from its last checkpo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from typing import Any
@@ -15,7 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import storage
 from pipelines.progress import progress
-from pipelines.settings import OwlError, differences
+from pipelines.settings import OwlError, differences, flat
 from pipelines.training.feed import Dataset
 from pipelines.training.loop import work
 from pipelines.training.report import write_report
@@ -99,6 +100,17 @@ class Trainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller) -> None:
         pass
+
+
+def begun_with(run: str) -> tuple[str, dict[str, str]]:
+    """The stage and the settings of a run, as `--set` takes them. Raises OwlError where no run was begun."""
+    path = f"{run}/settings.json"
+    if not storage.exists(path):
+        raise OwlError(f"no run was begun at {run}: it has no settings.json")
+    settings = storage.read_json(path)
+    stage = settings.pop("stage")
+    flattened = flat(settings)
+    return stage, {name: value if isinstance(value, str) else json.dumps(value) for name, value in flattened.items()}
 
 
 WHERE = {

@@ -9,12 +9,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from ray.train import Checkpoint
 
-from owl_model import OwlForConditionalGeneration, OwlProcessor
+from owl_model import OwlForConditionalGeneration
 from owl_model.answering import answer
 from pipelines import storage
 from pipelines.records import images_in, parts
 from pipelines.training import stages
 from pipelines.training.feed import Dataset, Feed, Looks
+from pipelines.training.loop import open_model
 from pipelines.training.order import Order
 from pipelines.training.state import set_weights
 
@@ -27,9 +28,7 @@ def validate(checkpoint: Checkpoint, *, stage: str, settings: dict, run: str, st
     RUN/validation with their pictures. Ray Train's ValidationFn."""
     chosen = stages.Stage.model_validate(settings)
     trains = chosen.trains(stage)
-    with storage.local_folder(start) as here:
-        owl = OwlForConditionalGeneration.from_pretrained(here, dtype=torch.float32)
-        processor = OwlProcessor.from_pretrained(here)
+    owl, processor = open_model(start, chosen.image_size)
     model = stages.prepare(owl, trains, chosen.lora)
     state = {"model": {name: p for name, p in model.named_parameters() if p.requires_grad}}
     with checkpoint.as_directory() as folder:
