@@ -22,7 +22,7 @@ from pipelines.training import stages
 from pipelines.training.cache import Cache
 from pipelines.training.feed import Dataset, Feed, Looks
 from pipelines.training.state import Saver, gather_whole, set_weights
-from pipelines.training.step import COUNTS, build_optimizers, schedule, train_step
+from pipelines.training.step import COUNTS, build_optimizers, schedule, summed, train_step
 from pipelines.training.watch import PATCHES, Clock, matrix_rate, operations, scalars, trackers
 
 
@@ -90,7 +90,8 @@ def work(config: dict[str, Any]) -> None:
     peak = matrix_rate(device, precision) * world
     seen: Counter[str] = Counter({name: history[-1][name] for name in ("unsupervised", "cut")} if history else {})
     keys: dict[int, list[str]] = {}
-    clock, sums, warned = Clock(), Counter[str](), False
+    clock, sums = Clock(), Counter[str]()
+    looked, warned = time.monotonic(), False  # when a reclaim of machines was last asked for, and whether one was told
     asked = time.monotonic()
     for batches in feed.batches(step, settings.steps):
         clock.spend("wait", asked)
@@ -118,9 +119,12 @@ def work(config: dict[str, Any]) -> None:
                 config["counter"].at.remote(step, f"loss {metrics['loss']:.3f}")
             clock.restart()
             sums.clear()
-        leaving = ray.train.get_preemption_info() is not None and not warned
+        leaving = False
+        if agreed(time.monotonic() - looked > SECONDS_BETWEEN_LOOKS, device):
+            looked = time.monotonic()
+            leaving = ray.train.get_preemption_info() is not None and not warned
         if (step % settings.checkpoint_every == 0 or leaving) and step < settings.steps:
-            began, warned = time.monotonic(), leaving
+            began, warned = time.monotonic(), warned or leaving
             write_keys(run, keys, rank, world)
             validation = settings.validate_every > 0 and step % settings.validate_every == 0
             saver.save({"step": step, "loss": metrics["loss"]}, step, history, validation)
@@ -158,6 +162,15 @@ def open_model(folder: str, side: int) -> tuple[OwlForConditionalGeneration, Owl
             raise OwlError(f"image_size {side} does not fit {folder}: {error}") from None
         processor.image_processor.image_size = side
     return owl, processor
+
+
+SECONDS_BETWEEN_LOOKS = 5
+"""Asking Ray Train whether a machine is to be reclaimed takes a round trip of all workers."""
+
+
+def agreed(wish: bool, device: torch.device) -> bool:
+    """Whether any rank wishes it: the same on all."""
+    return bool(summed(torch.tensor([float(wish)]), device).item())
 
 
 def speed(clock: Clock, sums: Counter[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ owl2_stage2  trains   trains       trains           yes       mPLUG-Owl2 section
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
@@ -123,6 +123,8 @@ class Stage(Settings):
     """Low-rank adaptation, where the stage uses it."""
     freeze_vision: bool = False
     """Keeps the vision encoder frozen also in a stage that would train it: for pretrained towers and little data."""
+    freeze_abstractor: bool = False
+    """Keeps the abstractor frozen, as mPLUG-Owl's released code does in stage 2 and its paper does not."""
     workers: int = 1
     """Training workers; each takes the resources below."""
     min_workers: int = 0
@@ -187,8 +189,11 @@ class Stage(Settings):
 
     def trains(self, stage: str) -> Trains:
         table = STAGES[stage]
-        frozen = table.vision == "trains" and self.freeze_vision
-        return Trains("frozen", table.abstractor, table.language, table.pictures) if frozen else table
+        return replace(
+            table,
+            vision="frozen" if self.freeze_vision else table.vision,
+            abstractor="frozen" if self.freeze_abstractor else table.abstractor,
+        )
 
 
 def parts_of(owl: OwlForConditionalGeneration) -> dict[str, list[nn.Module]]:
