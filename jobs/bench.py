@@ -116,3 +116,70 @@ def captions(
     from jobs.bench_curation import measure_captions
 
     print(json.dumps(measure_captions(raw, count, repeats)), flush=True)
+
+
+@app.command()
+def feed(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the datasets that are made.")],
+    pictures: Annotated[int, typer.Option("--pictures", help="How many.")] = 2000,
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
+) -> None:
+    """Samples a second that training is fed with, beside Ray Data, webdataset and plain reading of the same files."""
+    from jobs.bench_training import measure_feed
+    from jobs.session import ray_session
+
+    with ray_session():
+        for result in measure_feed(str(folder), pictures, repeats):
+            print(json.dumps(result), flush=True)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the datasets that are made.")],
+    position: Annotated[int, typer.Option("--position", help="Samples that were seen before.")] = 1_000_000,
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns; the median counts.")] = 5,
+) -> None:
+    """Seconds until a dataset of 1,000 shards is open, and until its first batch from a late position on is there."""
+    from jobs.bench_training import measure_resume
+    from jobs.session import ray_session
+
+    with ray_session():
+        print(json.dumps(measure_resume(str(folder), position, repeats)), flush=True)
+
+
+@app.command()
+def checkpoints(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for runs.")],
+    steps: Annotated[int, typer.Option("--steps", help="Steps of each run.")] = 30,
+    every: Annotated[int, typer.Option("--every", help="Steps between checkpoints.")] = 5,
+) -> None:
+    """Share of a run's time that it stands still for checkpoints, written beside training and at once, by turns."""
+    from jobs.bench_training import measure_checkpoints
+    from jobs.session import ray_session
+
+    with ray_session():
+        for result in measure_checkpoints(str(folder), steps, every):
+            print(json.dumps(result), flush=True)
+
+
+@app.command()
+def learning(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for datasets and runs. The same again goes on.")],
+    easy: Annotated[Path | None, typer.Option("--easy-vqa", help="Folder of easy-VQA's tars, to study it too.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How often each variant is trained.")] = 3,
+    variants: Annotated[list[str] | None, typer.Option("--variant", help="One of the variants; else all.")] = None,
+) -> None:
+    """The papers' ablations in small: accuracy on held-out questions with and without each part, over seeds."""
+    from jobs.bench_learning import VARIANTS, easy_vqa, measure, picture_world
+    from jobs.session import ray_session
+
+    names = variants or list(VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise OwlError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    with ray_session(cpus=4):
+        studies = [("picture world", picture_world(folder.absolute() / "world"))]
+        if easy:
+            studies.append(("easy-VQA", easy_vqa(folder.absolute() / "easy-vqa", easy)))
+        for title, study in studies:
+            for result in measure(study, title, seeds, names):
+                print(json.dumps(result), flush=True)

@@ -18,6 +18,7 @@ from rich.table import Table
 from jobs import bench, curation
 from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
 from jobs.session import prepare_environment, ray_session
+from pipelines import storage
 from pipelines.settings import OwlError, Settings
 
 prepare_environment()
@@ -49,12 +50,17 @@ def demo(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="language, stage1 or stage2.")],
-    data: Annotated[list[str], typer.Option("--data", help="A curated dataset's folder. May be repeated.")],
-    run: Annotated[str, typer.Option("--run", help="The run's folder: log, checkpoints, and the model it ends with.")],
+    stage: Annotated[str, typer.Argument(help="What trains, a row of the table of stages; else the recipe's.")] = "",
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="A curated dataset's folder. May be repeated.")
+    ] = None,
+    run: Annotated[
+        str, typer.Option("--run", help="The run's folder, also s3://: log, checkpoints, and the model it ends with.")
+    ] = "owl-run",
     start: Annotated[
-        str, typer.Option("--start", help="Model folder to begin from; without it, the recipe's parts are assembled.")
+        str, typer.Option("--start", help="Model folder or run to begin from; without it, the recipe's parts.")
     ] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --run, by the settings it began with.")] = False,
     recipe: RecipeName = "real_small",
     set: Overrides = None,
     as_json: AsJson = False,
@@ -62,17 +68,27 @@ def train(
     """One stage of training. The same command again goes on from the last checkpoint. Settings: the stage's."""
     from jobs.parts import assemble
     from pipelines.training.stages import STAGES
+    from pipelines.training.train import begun_with
     from pipelines.training.train import train as fit
 
+    given = [f"data={json.dumps(data)}"] if data else []
+    if resume:
+        stage, before = begun_with(run)
+        given = [f"{name}={value}" for name, value in before.items()]
+    stage = stage or recipe_of(recipe, None).train
     if stage not in STAGES:
         raise OwlError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
-    chosen = recipe_of(recipe, set, stage)
+    group = stage.removeprefix("owl2_")
+    chosen = recipe_of(recipe, given + (set or []), group)
+    settings = getattr(chosen, group)
+    start = start or settings.start
     if not start:
-        if stage == "stage2":
-            raise OwlError("stage2 begins from a model of stage1: name its folder with --start")
+        if group == "stage2":
+            raise OwlError(f"{stage} begins from a model of stage 1: name its folder or run with --start")
         start = f"{run}/parts"
-        assemble(chosen.parts, start)
-    settings = getattr(chosen, stage).model_copy(update={"data": data, "start": start})
+        with storage.folder_for(start) as here:
+            assemble(chosen.parts, here)
+    settings = settings.model_copy(update={"start": start})
     with ray_session():
         log = fit(stage, settings, run)
 
@@ -206,32 +222,55 @@ def convert(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Option("--model", help="A preset (tiny, owl1_7b, owl2_7b) or a model folder.")],
-    stage: Annotated[str, typer.Option("--stage", help="language, stage1, stage2 or inference.")] = "stage2",
-    batch: Annotated[int, typer.Option("--batch", help="Samples at once on one device.")] = 1,
-    length: Annotated[int, typer.Option("--length", help="Tokens of a sample, its pictures' included.")] = 512,
-    pictures: Annotated[int, typer.Option("--pictures", help="Pictures of a sample.")] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe of training, checked as a whole.")] = "",
+    model: Annotated[str, typer.Option("--model", help="A preset (tiny, owl1_7b, owl2_7b) or a model folder.")] = "",
+    stage: Annotated[str, typer.Option("--stage", help="A stage of training, or inference.")] = "",
+    data: Annotated[list[str] | None, typer.Option("--data", help="A curated dataset's folder.")] = None,
+    start: Annotated[str, typer.Option("--start", help="Model folder or run that training is to begin from.")] = "",
+    run: Annotated[str, typer.Option("--run", help="The run's folder, where there must be room.")] = "owl-run",
+    gigabytes: Annotated[float, typer.Option("--memory", help="GB that a worker has; else what is found here.")] = 0,
+    teraflops: Annotated[float, typer.Option("--rate", help="10¹² operations a second a worker; else measured.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="With --model: samples at once on one device.")] = 1,
+    length: Annotated[int, typer.Option("--length", help="With --model: tokens of a sample, its pictures' too.")] = 512,
+    pictures: Annotated[int, typer.Option("--pictures", help="With --model: pictures of a sample.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="With --model: float32 or bfloat16.")] = "float32",
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations again in the backward pass.")
+        bool, typer.Option("--checkpointing", help="With --model: activations are computed anew for the backward pass.")
     ] = False,
-    recipe: RecipeName = "owl_7b",
+    set: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predicts the memory of a step, before anything is loaded. LoRA is the recipe's."""
-    from jobs.doctor import memory
+    """What a job will need, and whether all is there for it, before it starts."""
+    from jobs import doctor as checks
 
-    sizes = {"batch": batch, "length": length, "pictures": pictures}
-    lora = recipe_of(recipe, None).stage2.lora
-    parts = memory(model, stage, **sizes, dtype=dtype, checkpointing=checkpointing, lora=lora)
+    if bool(recipe) == bool(model):
+        raise OwlError("name a --recipe to check as a whole, or a --model to count")
+    if recipe:
+        chosen = recipe_of(recipe, set)
+        found = checks.examine(chosen, stage, data or [], start, run, gigabytes, teraflops)
+        finish(found, as_json, lambda: checks.show(found))
+        if not all(check["good"] for check in found["checks"]):
+            raise OwlError("something is missing; see above")
+        return
+    chosen = recipe_of("owl_stage2", set)
+    sizes = checks.memory(
+        model,
+        stage or "stage2",
+        batch=batch,
+        length=length,
+        pictures=pictures,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        lora=chosen.stage2.lora,
+    )
 
     def show() -> None:
         table = Table("memory of one device", "GiB", box=None)
-        for name, count in parts.items():
+        for name, count in sizes.items():
             table.add_row(name, f"{count / 2**30:,.2f}")
         Console().print(table)
 
-    finish(parts, as_json, show)
+    finish(sizes, as_json, show)
 
 
 @app.command()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from jobs import papers
 from jobs.world.shards import World
 from pipelines.curation.curate import Curation
 from pipelines.curation.filters import Limits
@@ -37,6 +39,13 @@ class Recipe(Settings):
 
     about: str
     """Command, hardware, time and expected score."""
+    train: str = ""
+    """The stage that `owl train` runs where none is named."""
+    mix: dict[str, float] = {}
+    """What the paper mixes, in thousands of samples (0: it does not tell). Name your own with --data, in an order, and
+    their shares with --set weights=[…]."""
+    text: dict[str, Any] = {}
+    """LLaMA's shape that `owl doctor` assumes where no language model is named."""
     parts: Parts = Parts()
     """What the model is made of."""
     fetching: Fetching = Fetching()
@@ -152,27 +161,11 @@ def real_small() -> Recipe:
     )
 
 
-def owl_7b() -> Recipe:
-    """mPLUG-Owl at 7 B, as in the paper (arXiv 2304.14178, section 4.1); towers are the user's folders."""
-    paper = Optimization(learning_rate=1e-4, betas=(0.9, 0.98), epsilon=1e-6, weight_decay=0.1, warmup=2000)
-    return Recipe(
-        about="owl train stage1 --recipe owl_7b --set parts.vision=DIR --set parts.language_model=DIR · GPUs · weeks · "
-        "not run here: the paper's settings, for one's own cluster",
-        stage1=Stage(steps=50_000, batch_size=8192, optimization=paper, gpus_per_worker=1, checkpoint_every=500),
-        stage2=Stage(
-            steps=2000,
-            batch_size=256,
-            optimization=paper.model_copy(update={"learning_rate": 2e-5, "warmup": 50, "weight_decay": 1e-4}),
-            gpus_per_worker=1,
-        ),
-    )
-
-
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "demo_small": demo_small,
     "real_small": real_small,
-    "owl_7b": owl_7b,
+    **{f"{name}{size}": partial(papers.recipe_of, name, size) for name in papers.PAPERS for size in papers.SIZES},
 }
 
 

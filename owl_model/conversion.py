@@ -1,4 +1,4 @@
-"""Models to and from others' weights: back to the authors' folders, and a CLIP ViT as the Owl ViT."""
+"""Models to and from others' weights: back to the authors' folders, a CLIP ViT as the Owl ViT, another picture size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import nn
 from transformers import CLIPVisionModel
 
+from owl_model.abstractor import AbstractorAttention, grid_positions
 from owl_model.config import OwlVisionConfig
 from owl_model.modeling import OwlForConditionalGeneration
 from owl_model.official import NAMES, Tensors, family, renamed
@@ -87,3 +89,30 @@ def vision_from_clip(folder: str | Path) -> OwlVisionModel:
     tower = OwlVisionModel(config)
     tower.load_state_dict(ours)
     return tower
+
+
+def resize_pictures(owl: OwlForConditionalGeneration, side: int) -> None:
+    """Has the model take pictures of ``side`` px, in place, as between mPLUG-Owl2's stages (arXiv 2311.04257, section
+    3.3): the vision encoder's position table is interpolated (bicubic, in fp32), the abstractor's positions follow from
+    its grid. Raises ValueError for another vision backbone, and for a side that is no multiple of the patch."""
+    vision, abstractor = owl.config.vision_config, owl.config.abstractor_config
+    if not isinstance(vision, OwlVisionConfig):
+        raise ValueError(f"only the Owl ViT changes its picture size, not {vision.model_type}")
+    if side % vision.patch_size:
+        raise ValueError(f"a picture of {side} px is not cut into patches of {vision.patch_size}")
+    embeddings = owl.model.vision_model.embeddings
+    grid, before = side // vision.patch_size, embeddings.grid
+    vision.image_size = embeddings.image_size = side
+    embeddings.grid = grid
+    if embeddings.cls_token is not None:
+        table = embeddings.position_embedding.detach()
+        square = table[:, 1:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
+        square = nn.functional.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+        table = torch.cat([table[:, :1], square.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+        embeddings.position_embedding = nn.Parameter(table)
+    if abstractor.grid_size:
+        abstractor.grid_size = grid
+        places = grid_positions(abstractor.hidden_size, grid, abstractor.use_cls_token)
+        for module in owl.model.abstractor.modules():
+            if isinstance(module, AbstractorAttention):
+                module.k_pos_embed = places.to(module.q_pos_embed)

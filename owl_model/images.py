@@ -61,6 +61,14 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode(open_header(data, max_pixels))
 
 
+def random_crop(image: Image.Image, least: float, random: np.random.Generator) -> Image.Image:
+    """A rectangle of the picture's own shape, of ``least`` to all of its area, anywhere in it."""
+    scale = random.uniform(least, 1.0) ** 0.5
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left, top = random.integers(image.width - width + 1), random.integers(image.height - height + 1)
+    return image.crop((left, top, left + width, top + height))
+
+
 def squash(image: Image.Image, side: int, resample: Image.Resampling, mean) -> Image.Image:
     """To the square in one step, its aspect ratio lost: mPLUG-Owl."""
     return image if image.size == (side, side) else image.resize((side, side), resample)

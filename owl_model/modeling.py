@@ -12,10 +12,12 @@ Follows transformers' conventions for multimodal models (`get_image_features`, `
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -120,8 +122,10 @@ class OwlModel(OwlPreTrainedModel):
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        look_only: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        """``look_only``, pixels [1, 3, H, W] or features [1, P, D], is seen and stands nowhere."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
@@ -136,6 +140,10 @@ class OwlModel(OwlPreTrainedModel):
             inputs_embeds = self.embedding_norm(self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0)))
             inputs_embeds = self.place(inputs_embeds, is_image, images and images.pooler_output, "image")
             inputs_embeds = self.place(inputs_embeds, is_video, videos and videos.pooler_output, "video")
+            if look_only is not None:
+                pixels, features = (look_only, None) if look_only.ndim == 4 else (None, look_only)
+                seen = self.get_image_features(pixels, features).pooler_output
+                inputs_embeds = inputs_embeds + 0.0 * seen.sum().to(inputs_embeds.dtype)
             if self.training and (idle := self.idle_parameters(images is not None, videos is not None)):
                 inputs_embeds = inputs_embeds + sum(p.flatten()[0] * 0.0 for p in idle)
             if self.config.modality_adaptive:
@@ -153,7 +161,8 @@ class OwlModel(OwlPreTrainedModel):
 
     def idle_parameters(self, images: bool, videos: bool) -> list[nn.Parameter]:
         """What trains but is not touched by a batch without pictures or videos. With zero gradients instead of none,
-        data-parallel ranks that hold pictures do not wait for those that hold none."""
+        data-parallel ranks that hold pictures do not wait for those that hold none. Ranks that shard their weights must
+        gather them together, and give ``look_only`` instead."""
         seeing = {**named(self.vision_model), **named(self.abstractor)}
         if videos:
             idle = {}
@@ -161,7 +170,7 @@ class OwlModel(OwlPreTrainedModel):
             idle = {name: p for name, p in seeing.items() if "temporal" in name}
         else:
             idle = seeing | {name: p for name, p in named(self.language_model).items() if ".multiway.1." in name}
-        return [p for p in idle.values() if p.requires_grad]
+        return [p for p in idle.values() if p.requires_grad and not isinstance(p, DTensor)]
 
 
 def named(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -173,6 +182,12 @@ LOSS_ROWS = 1024
 
 BIASED_HEADS = ("codegen", "gptj", "phi")
 """Language models whose head has a bias, which their configuration does not tell."""
+
+
+@dataclass
+class OwlOutput(CausalLMOutputWithPast):
+    token_losses: torch.Tensor | None = None
+    """[T] of the supervised tokens in reading order, for the log: no gradient passes through them."""
 
 
 class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
@@ -284,10 +299,12 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> OwlOutput:
         """With ``labels`` [B, L] (-100 = not supervised): the loss, summed over the supervised tokens and divided by
         ``num_items_in_batch`` (by their count here, if it is not given). Only the supervised rows meet the head, so
-        no logits are returned then; a batch with nothing supervised has the loss zero."""
+        no logits are returned then, nor keys and values kept; a batch with nothing supervised has the loss zero."""
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # beside a cache, transformers overlooks that samples are packed
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -304,11 +321,12 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:]
             supervised = targets != -100
-            total = self.summed_loss(hidden[:, :-1][supervised], targets[supervised])
+            losses = self.token_losses(hidden[:, :-1][supervised], targets[supervised])
             count = supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            return CausalLMOutputWithPast(loss=total / count, past_key_values=outputs.past_key_values)
+            kept = {"past_key_values": outputs.past_key_values, "token_losses": losses.detach()}
+            return OwlOutput(loss=losses.sum() / count, **kept)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.logits(hidden[:, keep]), past_key_values=outputs.past_key_values)
+        return OwlOutput(logits=self.logits(hidden[:, keep]), past_key_values=outputs.past_key_values)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[…, Dt] → [… , V], scaled and capped where the language model's family does so after its head."""
@@ -322,17 +340,17 @@ class OwlForConditionalGeneration(OwlPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of [T, Dt] against [T], summed. Never more than LOSS_ROWS rows of logits exist at once: with
+    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[T] cross-entropies of [T, Dt] against [T]. Never more than LOSS_ROWS rows of logits exist at once: with
         more, each piece is computed again in the backward pass."""
 
         def piece(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+            return nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
 
         if len(targets) <= LOSS_ROWS:
             return piece(hidden, targets)
         pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-        return torch.stack([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces]).sum()
+        return torch.cat([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces])
 
 
 AutoConfig.register("owl", OwlConfig, exist_ok=True)

@@ -6,7 +6,7 @@ collate  encoded conversations and their pixels → a padded batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -59,9 +59,10 @@ class OwlImageProcessor(BaseImageProcessor):
     def __call__(self, images, **kwargs) -> BatchFeature:
         return self.preprocess(images, **kwargs)
 
-    def pixels(self, image: Image.Image | bytes) -> torch.Tensor:
-        """One picture (or its encoded bytes) → [3, S, S]."""
+    def pixels(self, image: Image.Image | bytes, augment: Callable[[Image.Image], Image.Image] | None = None):
+        """One picture (or its encoded bytes) → [3, S, S], changed by ``augment`` before it is made square."""
         image = open_image(image) if isinstance(image, bytes) else decode(image)
+        image = augment(image) if augment else image
         mean, std = self.image_mean, self.image_std
         return torch.from_numpy(to_pixels(image, self.image_size, mean, std, self.resample, self.fit))
 
@@ -160,6 +161,21 @@ class OwlProcessor(ProcessorMixin):
                 padding = [filler] * gap
                 rows[name].append(padding + values if side == "left" else values + padding)
         return {name: torch.tensor(values) for name, values in rows.items()}
+
+    def pack(self, rows: Sequence[Sequence[Encoded]]) -> dict[str, torch.Tensor]:
+        """[B, L] ids, positions and labels of several conversations a row, padded on the right. Positions start again
+        with each conversation, which is how transformers' masks tell them apart where no attention mask is given; the
+        padding is one more. A conversation's first token is nobody's next, and has no label."""
+        length = max(sum(len(item.ids) for item in row) for row in rows)
+        packed: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
+        for row in rows:
+            gap = length - sum(len(item.ids) for item in row)
+            ids = [token for item in row for token in item.ids]
+            labels = [label for item in row for label in (IGNORE, *item.labels[1:])]
+            packed["input_ids"].append(ids + [self.pad_id] * gap)
+            packed["position_ids"].append([i for item in row for i in range(len(item.ids))] + list(range(gap)))
+            packed["labels"].append(labels + [IGNORE] * gap)
+        return {name: torch.tensor(values) for name, values in packed.items()}
 
     @property
     def pad_id(self) -> int:

@@ -9,6 +9,7 @@ import json
 import os
 import posixpath
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -159,3 +160,35 @@ def remove(path: str) -> None:
         shutil.rmtree(plain, ignore_errors=True)
     elif fs.exists(plain):
         fs.rm(plain, recursive=True)
+
+
+@contextlib.contextmanager
+def local_folder(path: str) -> Iterator[str]:
+    """A folder on this machine: itself, or a copy of a remote one for as long as the block lasts."""
+    if "://" not in path:
+        yield path
+        return
+    fs, plain = filesystem(path)
+    with tempfile.TemporaryDirectory(prefix="owl-copy-") as here:
+        fs.get(f"{plain}/", here, recursive=True)
+        yield here
+
+
+@contextlib.contextmanager
+def folder_for(path: str) -> Iterator[str]:
+    """A folder on this machine to write to; what it holds is at ``path`` when the block ends well."""
+    if "://" not in path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="owl-copy-") as here:
+        yield here
+        write_folder(here, path)
+
+
+def write_folder(local: str, path: str) -> None:
+    """Copies a folder's files, all below it too, to a local or remote one."""
+    fs, plain = filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        shutil.copytree(local, plain, dirs_exist_ok=True)
+    else:
+        fs.put(f"{local}/", plain, recursive=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import recipes
+from jobs import papers, recipes
+from jobs.doctor import examine
 from jobs.recipes import RECIPES, load
 from jobs.world.scenes import HELD_OUT
 from jobs.world.shards import World, instructions, pairs, texts
@@ -61,6 +62,33 @@ def test_recipes_load_and_say_what_they_are(name):
     recipe = load(name)
     assert recipe.about.startswith("owl ")
     assert recipe.about.count(" · ") >= 3
+
+
+def test_the_papers_recipes_follow_the_papers():
+    """arXiv 2304.14178, section 4.1, and 2311.04257, section 4.1; in figures written down a second time."""
+    published = {
+        "owl_stage1": ("stage1", 50_000, 8192, 1e-4, 2000, 0.1, 1.0, 0),
+        "owl_stage2": ("stage2", 2000, 256, 2e-5, 50, 1e-4, 1.0, 0),
+        "owl2_stage1": ("owl2_stage1", 42_500, 8192, 1e-4, 1000, 0.05, 0.9, 0),
+        "owl2_stage2": ("owl2_stage2", 4800, 256, 2e-5, 144, 0.0, 1.0, 448),
+    }
+    for name, (stage, steps, batch, peak, warmup, decay, layers, side) in published.items():
+        recipe = load(name)
+        settings = getattr(recipe, stage.removeprefix("owl2_"))
+        found = settings.optimization
+        assert (recipe.train, settings.steps, settings.batch_size) == (stage, steps, batch)
+        assert (found.learning_rate, found.warmup, found.weight_decay) == (peak, warmup, decay)
+        assert (found.layer_decay, settings.image_size, found.betas) == (layers, side, (0.9, 0.98))
+
+
+@pytest.mark.parametrize("name", [f"{name}{size}" for name in papers.PAPERS for size in ("", "_1b")])
+def test_the_papers_recipes_need_what_they_say(name):
+    found = examine(load(name), "", [], "", "s3://nowhere", gigabytes=80, teraflops=990)
+    said = int(re.search(r"(\d+) GB", load(name).about)[1])
+    assert said == pytest.approx(found["memory"]["total"] / 1e9, abs=1)
+    time = re.search(r"([\d.]+) (day|hour|minute)s ·", load(name).about)
+    days = float(time[1]) / {"day": 1, "hour": 24, "minute": 1440}[time[2]]
+    assert days == pytest.approx(found["days"], rel=0.15)
 
 
 def test_every_setting_has_a_help_text():

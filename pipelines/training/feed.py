@@ -8,66 +8,144 @@ the vision encoder is frozen, its features.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from owl_model import OwlProcessor
-from owl_model.chat import Encoded
+from owl_model.chat import IGNORE, Encoded
+from owl_model.images import random_crop
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.records import caption_messages, parts
+from pipelines.records import CURATED, caption_messages, parts
 from pipelines.settings import OwlError
-from pipelines.training.order import Order
+from pipelines.training.cache import Cache
+from pipelines.training.order import Mixture, Order, Ordered, Place, positions, shares_of
+from pipelines.training.packing import plan
 
 
 @dataclass
 class Batch:
     inputs: dict[str, torch.Tensor]
-    """input_ids, attention_mask, labels [B, L]; pixel_values [N, 3, H, W] or vision_features [N, P, D]."""
+    """input_ids, labels [B, L], and attention_mask or, where rows hold several samples, position_ids [B, L];
+    pixel_values [N, 3, H, W] or vision_features [N, P, D]."""
     keys: list[str]
     """Which samples these are."""
+    datasets: torch.Tensor
+    """[T]: which dataset each supervised token is of, in reading order."""
     supervised: int
     """Tokens that have a label; the first of a row never has one."""
     unsupervised: int
     """Samples without any such token: they add nothing to the loss, and are counted."""
+    cut: int
+    """Samples that were longer than allowed."""
+    tokens: int
+    """Tokens of samples."""
+    padding: int
+    """Tokens of none."""
+    pictures: int
+
+
+class Sample(NamedTuple):
+    """One sample's words, ready, and where its pictures are."""
+
+    place: Place
+    key: str
+    encoded: Encoded
+    cut: bool
 
 
 class Dataset:
-    """The selected rows of curated datasets. Files are memory-mapped and opened when they are first needed."""
+    """The selected rows of curated datasets. Opening reads their manifests alone; files are memory-mapped, and
+    selections read, when a shard is first needed."""
 
-    def __init__(self, folders: list[str]):
-        self.paths: list[str] = []
-        self.selected: list[np.ndarray] = []
-        for folder in folders:
+    def __init__(self, folders: list[str], cache: Cache | None = None):
+        self.cache = cache or Cache(CACHE_BYTES)
+        self.shards: list[Shard] = []
+        for number, folder in enumerate(folders):
             if not storage.exists(f"{folder}/manifest.json"):
                 raise OwlError(f"no curated dataset at {folder}: it has no manifest.json; run owl curate first")
             for entry in storage.read_json(f"{folder}/manifest.json")["shards"]:
-                shard = entry["shard"]
-                path = f"{folder}/shards/{shard}.arrow"
-                rows = storage.open_arrow(path).read_all().num_rows
-                left_out = ledger.selected_rows(folder, shard)
-                keep = np.arange(rows) if left_out is None else np.setdiff1d(np.arange(rows), left_out.to_numpy())
-                if len(keep):
-                    self.paths.append(path)
-                    self.selected.append(keep)
-        if not self.paths:
-            raise OwlError(f"nothing to train on: {', '.join(folders)} kept no sample")
-        self.tables: dict[int, Any] = {}
+                if entry["kept"]:
+                    self.shards.append(Shard(number, folder, entry["shard"], entry["kept"], entry.get("sha256")))
+        empty = [folder for number, folder in enumerate(folders) if not self.rows_of(number)]
+        if empty or not folders:
+            raise OwlError(f"nothing to train on: {', '.join(empty) or 'no dataset'} kept no sample")
+        self.folders = folders
+        self.opened: OrderedDict[int, tuple[pa.Table, np.ndarray]] = OrderedDict()
+
+    @property
+    def is_remote(self) -> bool:
+        return any("://" in folder for folder in self.folders)
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple(len(keep) for keep in self.selected)
+        return tuple(shard.kept for shard in self.shards)
 
-    def read(self, shard: int, row: int) -> dict:
-        """One sample as a dictionary of CURATED's columns."""
-        if shard not in self.tables:
-            self.tables[shard] = storage.open_arrow(self.paths[shard]).read_all()
-        return self.tables[shard].slice(int(self.selected[shard][row]), 1).to_pylist()[0]
+    def rows_of(self, folder: int) -> tuple[int, ...]:
+        return tuple(shard.kept for shard in self.shards if shard.folder_number == folder)
+
+    def order(self, seed: int, weights: list[float]) -> Ordered:
+        """All samples once an epoch; or, with weights, each folder's share of what is seen."""
+        if not weights:
+            return Order(self.rows, seed)
+        orders = (Order(self.rows_of(number), seed + number) for number in range(len(self.folders)))
+        return Mixture(tuple(orders), shares_of(weights), seed)
+
+    def used(self, order: Ordered, positions: int) -> dict[str, int]:
+        """How many samples of each folder the first ``positions`` hold."""
+        used = dict.fromkeys(self.folders, 0)
+        for shard, number in zip(self.shards, order.seen(positions), strict=True):
+            used[shard.folder] += int(number)
+        return used
+
+    def read(self, shard: int, row: int, columns: Sequence[str] = CURATED.names) -> dict:
+        """One sample as a dictionary of some of CURATED's columns."""
+        if shard not in self.opened:
+            self.opened[shard] = self.open(self.shards[shard])
+            if len(self.opened) > OPEN_SHARDS:
+                self.opened.popitem(last=False)
+        self.opened.move_to_end(shard)
+        table, selected = self.opened[shard]
+        row = int(selected[row])
+        return {name: table[name][row].as_py() for name in columns}
+
+    def fetch_ahead(self, shard: int) -> None:
+        if shard not in self.opened:
+            self.cache.fetch_ahead(*self.file_of(self.shards[shard]))
+
+    def file_of(self, shard: Shard) -> tuple[str, str | None]:
+        return f"{shard.folder}/shards/{shard.name}.arrow", shard.sha256
+
+    def open(self, shard: Shard) -> tuple[pa.Table, np.ndarray]:
+        """A shard's rows, and which of them are selected. Raises OwlError where these are not those of the manifest."""
+        table = storage.open_arrow(self.cache.local(*self.file_of(shard))).read_all()
+        left_out = ledger.selected_rows(shard.folder, shard.name)
+        rows = np.arange(len(table))
+        selected = rows if left_out is None else np.setdiff1d(rows, left_out.to_numpy())
+        if len(selected) != shard.kept:
+            raise OwlError(
+                f"{shard.folder} changed: {shard.name} has {len(selected)} samples, its manifest {shard.kept}"
+            )
+        return table, selected
+
+
+OPEN_SHARDS = 256
+CACHE_BYTES = 20 << 30
+
+
+class Shard(NamedTuple):
+    folder_number: int
+    folder: str
+    name: str
+    kept: int
+    sha256: str | None
 
 
 class Kept:
@@ -89,30 +167,50 @@ class Kept:
             self.size -= self.values.popitem(last=False)[1].nbytes
 
 
+class Looks(NamedTuple):
+    """How a stage looks at pictures."""
+
+    pictures: bool = True
+    """Off keeps the words alone (language pretraining)."""
+    crop: float = 1.0
+    """The least share of a picture's area that is shown, cropped at random, by sample and epoch."""
+    always: bool = False
+    """Has the model look at a blank picture where there is none, as ranks must that share weights out."""
+    encode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Pixels [N, 3, H, W] → features [N, P, D]; only where the vision encoder is frozen."""
+    keep_bytes: int = 1 << 30
+    """Of prepared pictures that are kept for the next epoch."""
+
+
 class Feed:
-    """Batches of one rank. ``encode_pictures`` maps pixels [N, 3, H, W] to features [N, P, D]; give it only where
-    the vision encoder is frozen. ``pictures`` off keeps the words alone (language pretraining)."""
+    """Batches of one rank: ``micro_batch`` rows at once (0: all), each one sample or, with ``pack_tokens``, as many as
+    fit in that many tokens. Samples longer than ``max_tokens`` are cut."""
 
     def __init__(
         self,
         dataset: Dataset,
         processor: OwlProcessor,
-        order: Order,
+        order: Ordered,
         batch_size: int,
         *,
         rank: int = 0,
         world: int = 1,
-        pictures: bool = True,
-        encode_pictures: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        keep_bytes: int = 1 << 30,
+        micro_batch: int = 0,
+        pack_tokens: int = 0,
+        max_tokens: int = 2048,
+        looks: Looks = Looks(),  # noqa: B008
+        threads: int = 1,
     ):
         self.dataset, self.processor, self.order, self.batch_size = dataset, processor, order, batch_size
-        self.rank, self.world, self.pictures = rank, world, pictures
-        self.encode_pictures = encode_pictures
-        self.kept = Kept(keep_bytes)
+        self.rank, self.world, self.micro_batch = rank, world, micro_batch
+        self.pack_tokens, self.max_tokens, self.looks = pack_tokens, max_tokens, looks
+        self.kept = Kept(looks.keep_bytes if looks.crop == 1.0 else 0)
+        self.fetched = 0
+        self.decoding = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pictures")
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of steps start … stop - 1, each read while the one before is in use."""
+    def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """For steps start … stop - 1 this rank's micro-batches, read while those before are in use. Every rank has
+        equally many."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as ahead:
             coming = ahead.submit(self.batch, start) if start < stop else None
             for step in range(start, stop):
@@ -120,47 +218,130 @@ class Feed:
                 coming = ahead.submit(self.batch, step + 1) if step + 1 < stop else None
                 yield batch
 
-    def batch(self, step: int) -> Batch:
-        encoded: list[Encoded] = []
-        pictures: list[tuple[tuple, bytes]] = []
-        keys: list[str] = []
-        for position in self.order.batch(step, self.batch_size, self.rank, self.world):
-            shard, row = self.order.at(position)
-            sample = self.dataset.read(shard, row)
-            encoded.append(self.processor.encode(self.conversation(sample, position)))
-            keys.append(sample["key"])
-            if self.pictures:
-                images = [image for image in (sample["image"], *(sample["more_images"] or [])) if image]
-                pictures += [((shard, row, index), image) for index, image in enumerate(images)]
-        inputs = self.processor.collate(encoded)
-        supervised = (inputs["labels"][:, 1:] != -100).sum(dim=1)
-        if pictures:
-            name = "pixel_values" if self.encode_pictures is None else "vision_features"
-            inputs[name] = self.prepared(pictures)
-        return Batch(inputs, keys, int(supervised.sum()), int((supervised == 0).sum()))
+    def batch(self, step: int) -> list[Batch]:
+        self.fetch_ahead(step)
+        rows, pieces = self.packed(step) if self.pack_tokens else self.apart(step)
+        edges = np.linspace(0, len(rows), pieces + 1).astype(int)
+        batches = [self.micro_batch_of(rows[first:last]) for first, last in pairwise(edges)]
+        return [pinned(batch) for batch in batches] if torch.cuda.is_available() else batches
 
-    def conversation(self, sample: dict, position: int) -> list[dict]:
+    def apart(self, step: int) -> tuple[list[list[Sample]], int]:
+        """This rank's rows of one sample each, and in how many pieces every rank computes its own."""
+        mine = positions(step, self.batch_size, self.rank, self.world)
+        return [[self.sample(position)] for position in mine], self.pieces(-(-self.batch_size // self.world))
+
+    def packed(self, step: int) -> tuple[list[list[Sample]], int]:
+        """Likewise, with rows of several samples: planned from the lengths of all of the global batch."""
+        together = [self.sample(position) for position in positions(step, self.batch_size)]
+        lengths = [len(sample.encoded.ids) for sample in together]
+        pictures = [sample.encoded.images for sample in together]
+        ranks = plan(lengths, pictures, self.pack_tokens, self.world)
+        rows = [[together[index] for index in row] for row in ranks[self.rank]]
+        return rows, self.pieces(max(len(rank) for rank in ranks))
+
+    def pieces(self, rows: int) -> int:
+        return -(-rows // (self.micro_batch or rows))
+
+    def fetch_ahead(self, step: int) -> None:
+        """Has remote shards copied some steps before they are needed."""
+        for later in range(max(step, self.fetched), step + STEPS_AHEAD if self.dataset.is_remote else 0):
+            for position in positions(later, self.batch_size):
+                self.dataset.fetch_ahead(self.order.at(position).shard)
+        self.fetched = step + STEPS_AHEAD
+
+    def sample(self, position: int) -> Sample:
+        place = self.order.at(position)
+        row = self.dataset.read(place.shard, place.row, ("key", "caption", "messages"))
+        encoded = self.processor.encode(self.conversation(row, position, place.epoch))
+        if len(encoded.ids) <= self.max_tokens:
+            return Sample(place, row["key"], encoded, False)
+        ids, labels = encoded.ids[: self.max_tokens], encoded.labels[: self.max_tokens]
+        if ids.count(self.processor.image_token_id) < encoded.images * self.processor.visual_tokens:
+            return Sample(place, row["key"], self.blank(), True)  # no room for its pictures
+        return Sample(place, row["key"], Encoded(ids, labels, encoded.images), True)
+
+    def blank(self) -> Encoded:
+        """A sample that says nothing."""
+        return Encoded([self.processor.pad_id], [IGNORE], 0)
+
+    def micro_batch_of(self, rows: list[list[Sample]]) -> Batch:
+        samples = [sample for row in rows for sample in row]
+        written = [[sample.encoded for sample in row] for row in rows] or [[self.blank()]]
+        inputs = (
+            self.processor.pack(written) if self.pack_tokens else self.processor.collate([row[0] for row in written])
+        )
+        labelled = inputs["labels"][:, 1:] != IGNORE
+        sources = torch.zeros_like(inputs["labels"])
+        for line, row in zip(sources, rows, strict=False):
+            places = [self.dataset.shards[sample.place.shard].folder_number for sample in row]
+            found = torch.repeat_interleave(torch.tensor(places), torch.tensor([len(s.encoded.ids) for s in row]))
+            line[: len(found)] = found
+        pictures = [picture for sample in samples for picture in self.pictures_of(sample)]
+        if pictures:
+            inputs["pixel_values" if self.looks.encode is None else "vision_features"] = self.prepared(pictures)
+        elif self.looks.always:
+            size = self.processor.image_processor.image_size
+            blank = torch.zeros(1, 3, size, size)
+            inputs["look_only"] = blank if self.looks.encode is None else self.looks.encode(blank)
+        tokens = sum(len(sample.encoded.ids) for sample in samples)
+        return Batch(
+            inputs,
+            keys=[sample.key for sample in samples],
+            datasets=sources[:, 1:][labelled],
+            supervised=int(labelled.sum()),
+            unsupervised=sum(all(label == IGNORE for label in sample.encoded.labels[1:]) for sample in samples),
+            cut=sum(sample.cut for sample in samples),
+            tokens=tokens,
+            padding=inputs["labels"].numel() - tokens,
+            pictures=len(pictures),
+        )
+
+    def conversation(self, sample: dict, position: int, epoch: int) -> list[dict]:
         """A sample's messages; of several captions the epoch's turn decides which is told."""
         if sample["messages"] is None:
             captions = sample["caption"]
-            epoch = position // len(self.order)
             pick = np.random.default_rng((self.order.seed, epoch, position)).integers(len(captions))
             messages = caption_messages(captions[pick])
         else:
             messages = sample["messages"]
-        if self.pictures:
+        if self.looks.pictures:
             return messages
         return [{**m, "content": [p for p in parts(m["content"]) if p["type"] == "text"]} for m in messages]
 
-    def prepared(self, pictures: list[tuple[tuple, bytes]]) -> torch.Tensor:
+    def pictures_of(self, sample: Sample) -> list[tuple[Place, int]]:
+        return [(sample.place, index) for index in range(sample.encoded.images)]
+
+    def prepared(self, wanted: list[tuple[Place, int]]) -> torch.Tensor:
         """Pixels, or features where they can be kept; what was prepared before is not prepared again."""
-        missing = [(key, data) for key, data in pictures if self.kept.get(key) is None]
+        keys = [(*place[:2], index) for place, index in wanted]
+        missing = [which for which, key in zip(wanted, keys, strict=True) if self.kept.get(key) is None]
         fresh = {}
         if missing:
-            pixels = torch.stack([self.processor.image_processor.pixels(data) for _, data in missing])
-            values = pixels if self.encode_pictures is None else self.encode_pictures(pixels)
-            fresh = {key: value.clone() for (key, _), value in zip(missing, values, strict=True)}
-        rows = torch.stack([fresh[key] if key in fresh else self.kept.get(key) for key, _ in pictures])
+            encoded = [self.encoded_picture(*which) for which in missing]
+            pixels = torch.stack(list(self.decoding.map(self.pixels, missing, encoded)))
+            values = pixels if self.looks.encode is None else self.looks.encode(pixels)
+            fresh = {(*place[:2], index): value.clone() for (place, index), value in zip(missing, values, strict=True)}
+        rows = torch.stack([fresh[key] if key in fresh else self.kept.get(key) for key in keys])
         for key, value in fresh.items():
             self.kept.put(key, value)
         return rows
+
+    def encoded_picture(self, place: Place, index: int) -> bytes:
+        if index == 0:
+            return self.dataset.read(place.shard, place.row, ("image",))["image"]
+        return self.dataset.read(place.shard, place.row, ("more_images",))["more_images"][index - 1]
+
+    def pixels(self, which: tuple[Place, int], data: bytes) -> torch.Tensor:
+        if self.looks.crop == 1.0:
+            return self.processor.image_processor.pixels(data)
+        place, index = which
+        random = np.random.default_rng((self.order.seed, 11, *place, index))
+        return self.processor.image_processor.pixels(data, lambda image: random_crop(image, self.looks.crop, random))
+
+
+STEPS_AHEAD = 32
+
+
+def pinned(batch: Batch) -> Batch:
+    batch.inputs = {name: value.pin_memory() for name, value in batch.inputs.items()}
+    return batch

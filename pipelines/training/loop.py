@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from owl_model import OwlForConditionalGeneration, OwlProcessor
+from owl_model.chat import Encoded
+from owl_model.conversion import resize_pictures
 from pipelines import storage
-from pipelines.training import stages, state
-from pipelines.training.feed import Dataset, Feed
-from pipelines.training.order import Order
-from pipelines.training.step import build_optimizers, schedule, train_step
-
-log = logging.getLogger(__name__)
+from pipelines.settings import OwlError
+from pipelines.training import stages
+from pipelines.training.cache import Cache
+from pipelines.training.feed import Dataset, Feed, Looks
+from pipelines.training.state import Saver, gather_whole, set_weights
+from pipelines.training.step import COUNTS, build_optimizers, schedule, summed, train_step
+from pipelines.training.watch import PATCHES, Clock, matrix_rate, operations, scalars, trackers
 
 
 def work(config: dict[str, Any]) -> None:
-    """One worker of a stage. ``config``: ``stage``, ``settings`` (of Stage), ``start`` (model folder to begin from),
-    ``finish`` (model folder to write), ``log`` (JSON of losses), ``counter`` (progress)."""
-    settings = stages.Stage.model_validate(config["settings"])
+    """One worker of a stage. ``config``: ``stage``, ``settings`` (of Stage), ``run`` (its folder), ``start`` (model
+    folder to begin from), ``counter`` (progress)."""
+    settings, run = stages.Stage.model_validate(config["settings"]), config["run"]
     trains = settings.trains(config["stage"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     torch.manual_seed(settings.seed)
 
     # 1. The model, with what trains unfrozen.
-    owl = OwlForConditionalGeneration.from_pretrained(config["start"], dtype=torch.float32)
-    processor = OwlProcessor.from_pretrained(config["start"])
+    owl, processor = open_model(config["start"], settings.image_size)
+    if settings.pack_tokens:
+        refuse_packing(owl, processor)
     adapted = stages.prepare(owl, trains, settings.lora)
     stages.train_mode(owl, trains)
+    stages.freeze_in(owl, precision)
     counts = stages.count_parameters(owl)
+    if settings.checkpoint_activations:
+        owl.activation_checkpointing_enable()
+    device = ray.train.torch.get_device()
+    adapted.to(device)
+    if settings.compile_layers:
+        for layer in layers_of(adapted):
+            layer.compile()
+    sharded = settings.sharding == "weights" and world > 1
+    if sharded:
+        shard(adapted, [] if trains.vision == "trains" else list(owl.model.vision_model.parameters()))
     optimizers = build_optimizers(adapted, settings.optimization)
 
     # 2. Where an earlier run stopped.
-    step, history = state.restore(adapted, optimizers)
-    model = ray.train.torch.prepare_model(adapted) if world > 1 else adapted
+    saver = Saver(adapted, optimizers, at_once=not settings.checkpoint_beside)
+    step, history = saver.restore(run)
+    model = ray.train.torch.prepare_model(adapted) if world > 1 and not sharded else adapted
 
     # 3. The data from there on.
-    dataset = Dataset(settings.data)
-    order = Order(dataset.rows, settings.seed)
+    dataset = Dataset(settings.data, Cache(int(settings.cache_gigabytes * 2**30)))
+    order = dataset.order(settings.seed, settings.weights)
     frozen_vision = trains.pictures and trains.vision == "frozen"
     feed = Feed(
         dataset,
@@ -54,34 +72,162 @@ def work(config: dict[str, Any]) -> None:
         settings.batch_size,
         rank=rank,
         world=world,
-        pictures=trains.pictures,
-        encode_pictures=Frozen(owl) if frozen_vision else None,
-        keep_bytes=settings.keep_megabytes << 20,
+        micro_batch=settings.micro_batch,
+        pack_tokens=settings.pack_tokens,
+        max_tokens=settings.max_tokens,
+        looks=Looks(
+            pictures=trains.pictures,
+            crop=settings.crop,
+            always=sharded and trains.pictures,
+            encode=Frozen(owl) if frozen_vision else None,
+            keep_bytes=settings.keep_megabytes << 20,
+        ),
+        threads=max(1, int(settings.cpus_per_worker)),
     )
 
     # 4. Step after step.
-    unsupervised = history[-1]["unsupervised"] if history else 0.0
-    began, waited = time.monotonic(), 0.0
+    watched = trackers(run, settings.trackers) if rank == 0 else []
+    peak = matrix_rate(device, precision) * world
+    seen: Counter[str] = Counter({name: history[-1][name] for name in ("unsupervised", "cut")} if history else {})
+    keys: dict[int, list[str]] = {}
+    clock, sums = Clock(), Counter[str]()
+    looked, warned = time.monotonic(), False  # when a reclaim of machines was last asked for, and whether one was told
     asked = time.monotonic()
-    for batch in feed.batches(step, settings.steps):
-        waited += time.monotonic() - asked
+    for batches in feed.batches(step, settings.steps):
+        clock.spend("wait", asked)
         rate = schedule(step, settings.steps, settings.optimization.warmup)
-        metrics = train_step(model, batch, optimizers, settings.optimization, rate)
-        unsupervised = metrics["unsupervised"] = unsupervised + metrics["unsupervised"]
+        logged = (step + 1) % settings.log_every == 0 or step + 1 == settings.steps
+        modules = stages.parts_of(owl) if logged else None
+        metrics = train_step(
+            model, batches, optimizers, settings.optimization, rate, precision, len(settings.data), modules
+        )
         step += 1
-        if step % settings.log_every == 0 or step == settings.steps:
-            history.append({"step": step, **metrics, "wait": waited / (time.monotonic() - began)})
+        counted = {name: metrics.pop(name) for name in COUNTS}
+        sums.update(counted)
+        seen.update({name: counted[name] for name in ("unsupervised", "cut")})
+        if settings.log_keys:
+            keys[step] = [key for batch in batches for key in batch.keys]
+        if logged:
+            losses = dict(zip(settings.data, metrics.pop("losses"), strict=True))
+            entry = {"step": step, **metrics, "losses": losses, "rate": rate, **seen, **speed(clock, sums)}
+            work_done = operations(counts, sums["tokens"] + sums["padding"], sums["pictures"], patches_of(owl))
+            entry["share_of_peak"] = work_done / entry["seconds"] / peak
+            history.append(entry)
+            for tracker in watched:
+                tracker.log(scalars(entry), step)
             if rank == 0:
                 config["counter"].at.remote(step, f"loss {metrics['loss']:.3f}")
-        if step % settings.checkpoint_every == 0 and step < settings.steps:
-            state.save({"step": step, **metrics}, adapted, optimizers, step, history)
+            clock.restart()
+            sums.clear()
+        leaving = False
+        if agreed(time.monotonic() - looked > SECONDS_BETWEEN_LOOKS, device):
+            looked = time.monotonic()
+            leaving = ray.train.get_preemption_info() is not None and not warned
+        if (step % settings.checkpoint_every == 0 or leaving) and step < settings.steps:
+            began, warned = time.monotonic(), warned or leaving
+            write_keys(run, keys, rank, world)
+            validation = settings.validate_every > 0 and step % settings.validate_every == 0
+            saver.save({"step": step, "loss": metrics["loss"]}, step, history, validation)
+            clock.spend("checkpoint", began)
         asked = time.monotonic()
+    saver.arrived.wait()
 
     # 5. The model folder.
+    write_keys(run, keys, rank, world)
+    whole: nn.Module = adapted
+    if sharded or precision != torch.float32:
+        weights = gather_whole(adapted)
+        if rank == 0:
+            fresh, _ = open_model(config["start"], settings.image_size)
+            whole = stages.prepare(fresh, trains, settings.lora)
+            set_weights(whole, weights)
     if rank == 0:
-        export(adapted, processor, config["finish"])
-        storage.write_json(config["log"], {"parameters": counts, "history": history})
+        used = dataset.used(order, step * settings.batch_size)
+        storage.write_json(f"{run}/log.json", {"parameters": counts, "history": history, "used": used})
+        export(whole, processor, f"{run}/model")
+        for tracker in watched:
+            tracker.close()
     ray.train.report({"step": step})
+
+
+def open_model(folder: str, side: int) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
+    """A model to begin from, with its processor; for pictures of ``side`` px, unless that is 0."""
+    with storage.local_folder(folder) as here:
+        owl = OwlForConditionalGeneration.from_pretrained(here, dtype=torch.float32)
+        processor = OwlProcessor.from_pretrained(here)
+    if side and side != processor.image_processor.image_size:
+        try:
+            resize_pictures(owl, side)
+        except ValueError as error:
+            raise OwlError(f"image_size {side} does not fit {folder}: {error}") from None
+        processor.image_processor.image_size = side
+    return owl, processor
+
+
+SECONDS_BETWEEN_LOOKS = 5
+"""Asking Ray Train whether a machine is to be reclaimed takes a round trip of all workers."""
+
+
+def agreed(wish: bool, device: torch.device) -> bool:
+    """Whether any rank wishes it: the same on all."""
+    return bool(summed(torch.tensor([float(wish)]), device).item())
+
+
+def speed(clock: Clock, sums: Counter[str]) -> dict[str, float]:
+    shares = clock.shares()
+    everything = max(1, sums["tokens"] + sums["padding"])
+    return {
+        **shares,
+        "tokens_per_second": sums["tokens"] / shares["seconds"],
+        "pictures_per_second": sums["pictures"] / shares["seconds"],
+        "padding": sums["padding"] / everything,
+        "supervised": sums["supervised"],
+    }
+
+
+def write_keys(run: str, keys: dict[int, list[str]], rank: int, world: int) -> None:
+    """The samples of this rank's steps since the last time, and forgets them."""
+    if keys:
+        storage.write_json(f"{run}/keys/{min(keys):08d}-{max(keys):08d}-{rank}of{world}.json", keys)
+        keys.clear()
+
+
+def refuse_packing(owl: OwlForConditionalGeneration, processor: OwlProcessor) -> None:
+    """Raises OwlError where the language model does not tell packed samples apart by their positions (ALiBi, learned
+    positions): they would see each other."""
+    ids = [i for i in range(owl.config.text_config.vocab_size) if i != owl.config.image_token_id][:12]
+    one, two = Encoded(ids[:5], ids[:5], 0), Encoded(ids[5:], ids[5:], 0)
+    with torch.no_grad():
+        together = processor.pack([[one, two]])
+        places = {"position_ids": together["position_ids"], "use_cache": False}
+        packed = owl.eval()(input_ids=together["input_ids"], **places).logits[0]
+        apart = torch.cat([owl(input_ids=torch.tensor([each.ids])).logits[0] for each in (one, two)])
+    if not torch.allclose(packed, apart, atol=1e-3):
+        raise OwlError("pack_tokens does not fit this language model: packed samples would see each other; set it to 0")
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost lists of layers."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            inside |= set(module.modules())
+            yield from module
+
+
+def patches_of(owl: OwlForConditionalGeneration) -> int:
+    vision = owl.config.vision_config
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    return (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else PATCHES
+
+
+def shard(model: nn.Module, whole: list[nn.Parameter]) -> None:
+    """Every worker holds a part of each layer (FSDP2), and gathers it when it is needed; all but ``whole``, which the
+    feed uses by itself."""
+    for layer in layers_of(model):
+        if not set(layer.parameters()) & set(whole):
+            fully_shard(layer)
+    fully_shard(model, ignored_params=set(whole))
 
 
 class Frozen:
@@ -96,8 +242,9 @@ class Frozen:
 
 
 def export(model: nn.Module, processor: OwlProcessor, folder: str) -> None:
-    """Writes a folder that ``from_pretrained`` opens, with LoRA merged into the language model."""
+    """Writes a folder that ``from_pretrained`` opens, with LoRA merged into the language model; local or remote."""
     owl = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    owl.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    Path(folder, "finished").touch()
+    with storage.folder_for(folder) as here:
+        owl.save_pretrained(here)
+        processor.save_pretrained(here)
+    storage.write_text(f"{folder}/finished", "")

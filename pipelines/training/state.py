@@ -1,22 +1,34 @@
-"""What a run needs to go on: weights and optimizer of what trains, the position, random states, the settings.
+"""What a run needs to go on: weights and optimizer of what trains, the position, random states.
 
-Saved with torch.distributed.checkpoint by every rank into its own folder, which Ray Train merges; loaded into any
-number of workers.
+Saved with torch.distributed.checkpoint by every rank into its own folder, which Ray Train merges into
+RUN/checkpoints/step_N; loaded into any number of workers, whole or in parts. Writing and uploading go on beside
+training. A rank's part is sealed by the hashes of its files, so that a resumed run takes the newest checkpoint that is
+whole, also where the driver died before it had heard of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import random
 import tempfile
-from typing import Any
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import pyarrow.fs
 import ray.train
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from pipelines import storage
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -33,35 +45,122 @@ def gather(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int,
     }
 
 
-def save(metrics: dict, model: nn.Module, optimizers: list, step: int, history: list[dict]) -> None:
-    """Reports a checkpoint of this step to Ray Train; every rank calls it."""
-    folder = tempfile.mkdtemp(prefix="owl-checkpoint-")
-    dcp.save(gather(model, optimizers, step, history), checkpoint_id=folder)
-    ray.train.report(
-        metrics,
-        checkpoint=ray.train.Checkpoint.from_directory(folder),
-        checkpoint_dir_name=f"step_{step:08d}",
-        delete_local_checkpoint_after_upload=True,
-    )
+def gather_whole(model: nn.Module) -> dict[str, Any]:
+    """What trains, put together on rank 0 from the parts that every rank holds; every rank calls it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    return get_model_state_dict(model, options=options)
 
 
-def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list[dict]]:
-    """Loads the run's last checkpoint, if it has one; returns the steps done and the losses logged so far."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0, []
-    with checkpoint.as_directory() as folder:
-        prime(optimizers)
-        state = gather(model, optimizers, 0, [])
-        dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(model, state["model"], options=OPTIONS)
-    for index, optimizer in enumerate(optimizers):
-        optimizer.load_state_dict(state["optimizers"][str(index)])
-    torch.set_rng_state(state["torch_random"])
-    rest = pickle.loads(state["rest"])
-    np.random.set_state(rest["numpy"])
-    random.setstate(rest["python"])
-    return rest["step"], rest["history"]
+def set_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    set_model_state_dict(model, weights, options=OPTIONS)
+
+
+class Saver:
+    """Saves and restores the checkpoints of one worker. At most one is on its way at a time."""
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], at_once: bool = False):
+        self.model, self.optimizers, self.at_once = model, optimizers, at_once
+        context = ray.train.get_context()
+        self.rank, self.world, self.storage = context.get_world_rank(), context.get_world_size(), context.get_storage()
+        # Its own group: its messages pass between those of training, and between CPUs.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.arrived = threading.Event()
+        self.arrived.set()
+        on_gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+
+    def save(self, metrics: dict, step: int, history: list[dict], validation: Any = False) -> None:
+        """Copies the state, and has it written and uploaded while training goes on; or, ``at_once``, waits for that.
+        Every rank calls it."""
+        self.arrived.wait()
+        self.arrived.clear()
+        folder = tempfile.mkdtemp(prefix="owl-checkpoint-")
+        state = gather(self.model, self.optimizers, step, history)
+        given = {"checkpoint_id": folder, "process_group": self.group, "async_stager": self.stager}
+        writing = cast("Future", dcp.async_save(state, no_dist=self.group is None, **given))
+
+        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            try:
+                writing.result()
+                seal(Path(folder), self.rank, self.world)
+                return self.upload(folder, name)
+            finally:
+                self.arrived.set()
+
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step_{step:08d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=upload,
+            validation=validation,
+        )
+        if self.at_once:
+            self.arrived.wait()
+
+    def upload(self, folder: str, name: str) -> Checkpoint:
+        """The seal goes last: without it, a part does not count."""
+        target, files = f"{self.storage.experiment_fs_path}/{name}", self.storage.storage_filesystem
+        files.create_dir(target)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.suffix == ".json"):
+            pyarrow.fs.copy_files(str(path), f"{target}/{path.name}", destination_filesystem=files)
+        return Checkpoint(target, files)
+
+    def restore(self, run: str) -> tuple[int, list[dict]]:
+        """Loads the newest checkpoint of ``run`` that is whole; returns the steps done and the losses logged so far.
+        Every rank calls it."""
+        name = [self.newest(run) if self.rank == 0 else None]
+        if self.group is not None:
+            dist.broadcast_object_list(name, src=0, group=self.group)
+        if name[0] is None:
+            return 0, []
+        with self.checkpoint(name[0]).as_directory() as folder:
+            prime(self.optimizers)
+            state = gather(self.model, self.optimizers, 0, [])
+            dcp.load(state, checkpoint_id=folder, process_group=self.group, no_dist=self.group is None)
+        set_weights(self.model, state["model"])
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(state["optimizers"][str(index)])
+        torch.set_rng_state(state["torch_random"])
+        rest = pickle.loads(state["rest"])
+        np.random.set_state(rest["numpy"])
+        random.setstate(rest["python"])
+        return rest["step"], rest["history"]
+
+    def newest(self, run: str) -> str | None:
+        for path in reversed(storage.listing(f"{run}/checkpoints", "")):
+            name = storage.name_of(path)
+            if name.startswith("step_"):
+                with self.checkpoint(name).as_directory() as folder:
+                    if is_whole(Path(folder)):
+                        return name
+        return None
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        return Checkpoint(f"{self.storage.experiment_fs_path}/{name}", self.storage.storage_filesystem)
+
+
+def seal(folder: Path, rank: int, world: int) -> None:
+    """Writes down what a rank's part of a checkpoint consists of."""
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    storage.write_json(f"{folder}/rank_{rank}.json", {"world": world, "files": files})
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every rank's part is there, as it was written."""
+    if not (folder / "rank_0.json").exists():
+        return False
+    parts = [folder / f"rank_{rank}.json" for rank in range(storage.read_json(f"{folder}/rank_0.json")["world"])]
+    if not all(part.exists() for part in parts):
+        return False
+    files = {name: digest for part in parts for name, digest in storage.read_json(str(part))["files"].items()}
+    return all((folder / name).exists() and sha256(folder / name) == digest for name, digest in files.items())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prime(optimizers: list[torch.optim.Optimizer]) -> None:

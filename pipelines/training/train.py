@@ -5,26 +5,30 @@ A run has a name. Run again under the same name it goes on from its last checkpo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from typing import Any
 
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig, ValidationTaskConfig
 from ray.train.torch import TorchTrainer
 
 from pipelines import storage
 from pipelines.progress import progress
-from pipelines.settings import OwlError, differences
+from pipelines.settings import OwlError, differences, flat
 from pipelines.training.feed import Dataset
 from pipelines.training.loop import work
+from pipelines.training.report import write_report
 from pipelines.training.stages import Stage
+from pipelines.training.validate import validate
 
 log = logging.getLogger(__name__)
 
 
 def train(stage: str, settings: Stage, run: str) -> dict:
-    """Trains ``stage`` in the folder ``run``; returns what was logged: parameters by module, and the losses.
+    """Trains ``stage`` in the folder ``run``, local or remote; returns what was logged: parameters by module, the
+    losses, and how many samples of each dataset were used.
 
     The model is written to ``run``/model. Raises OwlError where the run's folder belongs to other settings, or where
     data or starting model are missing.
@@ -34,34 +38,38 @@ def train(stage: str, settings: Stage, run: str) -> dict:
     refuse_other_settings(run, stage, settings)
     if storage.exists(f"{model}/finished"):
         return storage.read_json(path)
-    if not storage.exists(f"{settings.start}/config.json"):
-        raise OwlError(f"no model folder to begin from at {settings.start!r}: it has no config.json")
-    samples = sum(Dataset(settings.data).rows)
+    start = model_folder(settings.start)
+    samples = sum(Dataset([*settings.data, *settings.validation]).rows)
     log.info("%s: %d samples, %d steps of %d", stage, samples, settings.steps, settings.batch_size)
     with progress(stage, settings.steps, "steps") as counter:
-        config = {
-            "stage": stage,
-            "settings": settings.model_dump(),
-            "start": os.path.abspath(settings.start) if "://" not in settings.start else settings.start,
-            "finish": model,
-            "log": path,
-            "counter": counter,
-        }
+        config = {"stage": stage, "settings": settings.model_dump(), "run": run, "start": start, "counter": counter}
         result = fit(config, settings, run)
     if result.error is not None:
         raise OwlError(f"{stage} stopped: {result.error}")
-    return storage.read_json(path)
+    logged = storage.read_json(path)
+    write_report(f"{run}/report.html", stage, settings, run, logged)
+    return logged
+
+
+def model_folder(start: str) -> str:
+    """Where a model folder lies: at ``start``, or in the run of that name. Raises OwlError where there is none."""
+    for folder in (start, f"{start}/model"):
+        if start and storage.exists(f"{folder}/config.json"):
+            return os.path.abspath(folder) if "://" not in folder else folder
+    raise OwlError(f"no model folder to begin from at {start!r}: it has no config.json")
 
 
 def fit(config: dict[str, Any], settings: Stage, run: str) -> ray.train.Result:
     resources = {"CPU": settings.cpus_per_worker}
     if settings.gpus_per_worker:
         resources["GPU"] = settings.gpus_per_worker
+    elastic = 0 < settings.min_workers < settings.workers
+    validation = {name: config[name] for name in ("stage", "settings", "run", "start")}
     trainer = Trainer(
         work,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -69,8 +77,19 @@ def fit(config: dict[str, Any], settings: Stage, run: str) -> ray.train.Result:
             name="checkpoints",
             storage_path=run,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=settings.keep_checkpoints,
+                checkpoint_score_attribute=settings.keep_by or None,
+                checkpoint_score_order="min",
+            ),
         ),
+        validation_config=ValidationConfig(
+            fn=validate,
+            task_config=ValidationTaskConfig(fn_kwargs=validation),
+            ray_remote_kwargs={"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker},
+        )
+        if settings.validate_every
+        else None,
     )
     return trainer.fit()
 
@@ -83,11 +102,38 @@ class Trainer(TorchTrainer):
         pass
 
 
+def begun_with(run: str) -> tuple[str, dict[str, str]]:
+    """The stage and the settings of a run, as `--set` takes them. Raises OwlError where no run was begun."""
+    path = f"{run}/settings.json"
+    if not storage.exists(path):
+        raise OwlError(f"no run was begun at {run}: it has no settings.json")
+    settings = storage.read_json(path)
+    stage = settings.pop("stage")
+    flattened = flat(settings)
+    return stage, {name: value if isinstance(value, str) else json.dumps(value) for name, value in flattened.items()}
+
+
+WHERE = {
+    "workers",
+    "min_workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "max_failures",
+    "sharding",
+    "checkpoint_beside",
+    "keep_checkpoints",
+    "keep_megabytes",
+    "cache_gigabytes",
+    "trackers",
+    "log_keys",
+}
+"""Settings that say where to run and what to tell, and change nothing of what is learnt."""
+
+
 def refuse_other_settings(run: str, stage: str, settings: Stage) -> None:
     """A run's folder holds one stage with one set of settings. What only says where to run may change."""
     path = f"{run}/settings.json"
-    place = {"workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "keep_megabytes"}
-    now = {"stage": stage, **settings.model_dump(mode="json", exclude=place)}
+    now = {"stage": stage, **settings.model_dump(mode="json", exclude=WHERE)}
     if storage.exists(path) and (changed := differences(storage.read_json(path), now)):
         raise OwlError(f"the run at {run} has other settings ({changed}); give it another name or remove it")
     storage.write_json(path, now)
