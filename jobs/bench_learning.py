@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ def conversation(qa: dict, picture: bool) -> dict:
     return {"conversations": turns}
 
 
-def write_tars(folder: Path, rows: list[tuple[bytes | None, dict]], shards: int = 4) -> None:
+def write_tars(folder: Path, rows: Sequence[tuple[bytes | None, dict]], shards: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         with tarfile.open(folder / f"{folder.name}-{shard:05d}.tar", "w") as tar:
