@@ -22,7 +22,7 @@ from pipelines.curation.ledger import manifest_of
 from pipelines.curation.rethreshold import rethreshold
 from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError
-from pipelines.training.feed import Dataset
+from pipelines.training.dataset import Dataset
 
 COUNTS = ("in", "kept", "dropped")
 TIGHT = Limits(min_words=6, min_side=80, max_repetition=0.5)

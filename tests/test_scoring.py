@@ -31,7 +31,7 @@ from pipelines.curation.likeness import Deduplication
 from pipelines.curation.rethreshold import rethreshold
 from pipelines.curation.scoring import Scoring
 from pipelines.settings import OwlError
-from pipelines.training.feed import Dataset
+from pipelines.training.dataset import Dataset
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from pipelines.curation.curate import Curation, curate
 from pipelines.settings import OwlError, SettingError, with_overrides
 from pipelines.training import stages
 from pipelines.training.cache import Cache
-from pipelines.training.feed import Dataset, Feed, Kept, Looks
+from pipelines.training.dataset import Dataset
+from pipelines.training.feed import Feed, Kept, Looks
 from pipelines.training.loop import patches_of, refuse_packing
 from pipelines.training.order import Mixture, Order, positions, shares_of
 from pipelines.training.packing import plan, share_out
 from pipelines.training.stages import Stage
+from pipelines.training.state import is_whole, seal
 from pipelines.training.step import NonFinite, Optimization, build_optimizers, schedule, train_step
 from pipelines.training.train import train
 from pipelines.training.watch import operations
@@ -391,26 +394,66 @@ def test_misspelt_settings_are_refused_with_the_nearest_name():
 
 
 def test_stage_one_on_two_workers(cluster, datasets, model_folder, tmp_path):
+    """And what is seen of it: log, keys, TensorBoard, validation beside it, the report."""
     settings = Stage(
-        data=[datasets["pairs"]],
+        data=[datasets["pairs"], datasets["instructions"]],
+        weights=[3, 1],
         start=model_folder,
         steps=6,
         batch_size=8,
         workers=2,
         checkpoint_every=3,
         log_every=1,
+        log_keys=True,
+        validation=[datasets["instructions"]],
+        validate_every=3,
+        validation_samples=20,
         optimization=Optimization(learning_rate=1e-3, warmup=2),
     )
-    log = train("stage1", settings, f"{tmp_path}/run")
+    run = tmp_path / "run"
+    log = train("stage1", settings, str(run))
     assert [entry["step"] for entry in log["history"]] == [1, 2, 3, 4, 5, 6]
     before = OwlForConditionalGeneration.from_pretrained(model_folder).state_dict()
-    after = OwlForConditionalGeneration.from_pretrained(f"{tmp_path}/run/model").state_dict()
+    after = OwlForConditionalGeneration.from_pretrained(f"{run}/model").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(name.startswith(("model.vision_model", "model.abstractor")) for name in changed)
-    assert train("stage1", settings, f"{tmp_path}/run") == log
+    last = log["history"][-1]
+    assert set(last["norms"]) == {"vision", "abstractor"}
+    assert set(last["losses"]) == {datasets["pairs"], datasets["instructions"]}
+    assert last["compute"] + last["wait"] + last["checkpoint"] == pytest.approx(1)
+    assert 0 < last["share_of_peak"] < 1
+    assert sum(log["used"].values()) == 48
+    keys = [storage.read_json(path) for path in storage.listing(f"{run}/keys", ".json")]
+    assert sum(len(batch) for part in keys for batch in part.values()) == 48
+    (check,) = [storage.read_json(path) for path in storage.listing(f"{run}/validation", ".json")]
+    assert check["step"] == 3
+    assert check["samples"] == 20
+    assert check["validation_loss"] == pytest.approx(log["history"][2]["losses"][datasets["instructions"]], rel=0.5)
+    assert all(set(told) == {"key", "asked", "answer", "expected", "picture"} for told in check["answers"])
+    assert list((run / "tensorboard").iterdir())
+    page = (run / "report.html").read_text()
+    assert all(word in page for word in ("validation", "pairs", "abstractor", "Answers after 3 steps"))
+    assert train("stage1", settings, str(run)) == log
     with pytest.raises(OwlError, match="steps 6 → 7"):
-        train("stage1", settings.model_copy(update={"steps": 7}), f"{tmp_path}/run")
+        train("stage1", settings.model_copy(update={"steps": 7}), str(run))
+
+
+def test_a_damaged_checkpoint_does_not_count(tmp_path):
+    for rank in range(2):
+        part = tmp_path / str(rank)
+        part.mkdir()
+        (part / f"__{rank}_0.distcp").write_bytes(bytes(1000))
+        if rank == 0:
+            (part / ".metadata").write_bytes(b"what is where")
+        seal(part, rank, 2)
+    whole = tmp_path / "whole"
+    for rank in range(2):
+        assert not is_whole(whole)
+        shutil.copytree(tmp_path / str(rank), whole, dirs_exist_ok=True)
+    assert is_whole(whole)
+    (whole / "__1_0.distcp").write_bytes(bytes(999) + b"x")
+    assert not is_whole(whole)
 
 
 WAYS = {"one worker": {"workers": 1}, "DDP": {"workers": 2}, "FSDP2": {"workers": 2, "sharding": "weights"}}

@@ -20,7 +20,8 @@ from pipelines import storage
 from pipelines.settings import OwlError
 from pipelines.training import stages
 from pipelines.training.cache import Cache
-from pipelines.training.feed import Dataset, Feed, Looks
+from pipelines.training.dataset import Dataset
+from pipelines.training.feed import Feed, Looks
 from pipelines.training.state import Saver, gather_whole, set_weights
 from pipelines.training.step import COUNTS, build_optimizers, schedule, summed, train_step
 from pipelines.training.watch import PATCHES, Clock, matrix_rate, operations, scalars, trackers

@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from pipelines import storage
 from pipelines.progress import progress
 from pipelines.settings import OwlError, differences, flat
-from pipelines.training.feed import Dataset
+from pipelines.training.dataset import Dataset
 from pipelines.training.loop import work
 from pipelines.training.report import write_report
 from pipelines.training.stages import Stage

@@ -14,7 +14,8 @@ from owl_model.answering import answer
 from pipelines import storage
 from pipelines.records import images_in, parts
 from pipelines.training import stages
-from pipelines.training.feed import Dataset, Feed, Looks
+from pipelines.training.dataset import Dataset
+from pipelines.training.feed import Feed, Looks
 from pipelines.training.loop import open_model
 from pipelines.training.order import Order
 from pipelines.training.state import set_weights
