@@ -23,7 +23,8 @@ from pipelines.curation.curate import Curation, curate
 from pipelines.curation.decode import Pictures
 from pipelines.curation.export import export
 from pipelines.records import CURATED, caption_messages
-from pipelines.training.feed import Dataset, Feed, Looks
+from pipelines.training.dataset import Dataset
+from pipelines.training.feed import Feed, Looks
 from pipelines.training.order import Order
 from pipelines.training.stages import Optimization, Stage
 from pipelines.training.train import train

@@ -23,7 +23,8 @@ from owl_model.config import PRESETS
 from owl_model.memory import ATTENTION, predict_inference, predict_training
 from owl_model.official import OWL2_ADAPTIVE
 from pipelines.settings import OwlError
-from pipelines.training.feed import Dataset, Feed, Looks
+from pipelines.training.dataset import Dataset
+from pipelines.training.feed import Feed, Looks
 from pipelines.training.loop import patches_of
 from pipelines.training.stages import STAGES, Lora, Stage, count_parameters, prepare, train_mode
 from pipelines.training.train import model_folder

@@ -187,5 +187,8 @@ def lines(series: dict[str, list[tuple[float, float]]], x_name: str, y_name: str
             for x, y in values
         )
         out.append(f'<polyline points="{spots}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        out.append(f'<text x="{width - 150}" y="{top + 14 + 18 * index}" style="fill:{colour}">{escape(name)}</text>')
+        if len(values) < 8:  # a line of one point shows nothing
+            places = (spot.split(",") for spot in spots.split())
+            out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in places]
+        out.append(f'<text x="{left + 150 * (index + 1)}" y="{height - 6}" style="fill:{colour}">{escape(name)}</text>')
     return Markup(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(out)}</svg>')

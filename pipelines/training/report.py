@@ -8,7 +8,7 @@ import json
 from markupsafe import Markup
 
 from pipelines import storage
-from pipelines.page import code, figure, lines, numbers, page, pictures, section, table
+from pipelines.page import bars, code, figure, lines, numbers, page, pictures, section, table
 from pipelines.training.stages import Stage
 
 TIMES = ("compute", "wait", "checkpoint")
@@ -27,14 +27,14 @@ def write_report(path: str, stage: str, settings: Stage, run: str, logged: dict)
     if checks:
         losses["validation"] = [(check["step"], check["validation_loss"]) for check in checks]
     norms = {part: [(e["step"], e["norms"][part]) for e in history if part in e["norms"]] for part in last["norms"]}
-    times = [(name, f"{spent(history, name):.1%}") for name in TIMES]
-    samples = [(short, f"{used[name]:,}", name) for name, short in named.items()]
+    times = [(name, spent(history, name), f"{spent(history, name):.1%}") for name in TIMES]
+    samples = [(short, name, f"{used[name]:,}") for name, short in named.items()]
     parts = [
         section("At the end", numbers(summary(history, checks))),
         section("Loss a supervised token", lines(losses, "step", "nats")),
         section("Norm of the gradient", lines(norms, "step", "before clipping")),
-        section("Where the time went", table(("", "share"), times)),
-        section("Samples used", table(("dataset", "samples", "folder"), samples)),
+        section("Where the time went", bars(times)),
+        section("Samples used", table(("dataset", "folder", "samples"), samples, numeric=2)),
         section("What trained", table(("part", "trainable", "all"), trained(logged["parameters"]))),
     ]
     if checks and checks[-1]["answers"]:
