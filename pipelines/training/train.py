@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import ray.train
@@ -39,6 +40,8 @@ def train(stage: str, settings: Stage, run: str) -> dict:
     if storage.exists(f"{model}/finished"):
         return storage.read_json(path)
     start = model_folder(settings.start)
+    if missing := [name for name in settings.trackers if not find_spec(PACKAGES[name])]:
+        raise OwlError(f"trackers {missing[0]} needs a package that is not installed: pip install {missing[0]}")
     samples = sum(Dataset([*settings.data, *settings.validation]).rows)
     log.info("%s: %d samples, %d steps of %d", stage, samples, settings.steps, settings.batch_size)
     with progress(stage, settings.steps, "steps") as counter:
@@ -100,6 +103,9 @@ class Trainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller) -> None:
         pass
+
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def begun_with(run: str) -> tuple[str, dict[str, str]]:
