@@ -9,12 +9,9 @@ begins from their folders (`--set parts.vision=… --set parts.language_model=�
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pipelines.training.stages import Lora, Optimization, Stage
-
-if TYPE_CHECKING:
-    from jobs.recipes import Recipe
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.98), "epsilon": 1e-6, "clip": 1.0}
 OWL_STAGE1 = Stage(  # 2.1 million tokens a batch, at 256 a pair
@@ -180,27 +177,3 @@ SIZES = {
         a_million,
     ),
 }
-
-
-def recipe_of(name: str, size: str) -> Recipe:
-    from jobs.recipes import Parts, Recipe
-
-    paper, sized = PAPERS[name], SIZES[size]
-    group = paper.train.removeprefix("owl2_")
-    grid = sized.vision["image_size"] // sized.vision.get("patch_size", 14) if paper.adaptive else 0
-    settings = Stage.model_validate(
-        {**paper.settings.model_dump(), **sized.place, **sized.shrink(name, paper.settings)}
-    )
-    recipe = Recipe(
-        about=f"owl train --recipe {name}{size} --data … --run … · {sized.hardware[name]} · {sized.score}",
-        train=paper.train,
-        mix=paper.mix,
-        text=sized.text,
-        parts=Parts(
-            vision=sized.vision,
-            abstractor={**sized.abstractor, "grid_size": grid},
-            adaptive=paper.adaptive,
-            template="owl2_finetune" if paper.adaptive else "owl1",
-        ),
-    )
-    return recipe.model_copy(update={group: settings})

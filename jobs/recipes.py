@@ -161,11 +161,34 @@ def real_small() -> Recipe:
     )
 
 
+def of_paper(name: str, size: str) -> Recipe:
+    """A stage of a paper's, at one of the sizes."""
+    paper, sized = papers.PAPERS[name], papers.SIZES[size]
+    group = paper.train.removeprefix("owl2_")
+    grid = sized.vision["image_size"] // sized.vision.get("patch_size", 14) if paper.adaptive else 0
+    settings = Stage.model_validate(
+        {**paper.settings.model_dump(), **sized.place, **sized.shrink(name, paper.settings)}
+    )
+    recipe = Recipe(
+        about=f"owl train --recipe {name}{size} --data … --run … · {sized.hardware[name]} · {sized.score}",
+        train=paper.train,
+        mix=paper.mix,
+        text=sized.text,
+        parts=Parts(
+            vision=sized.vision,
+            abstractor={**sized.abstractor, "grid_size": grid},
+            adaptive=paper.adaptive,
+            template="owl2_finetune" if paper.adaptive else "owl1",
+        ),
+    )
+    return recipe.model_copy(update={group: settings})
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "demo_small": demo_small,
     "real_small": real_small,
-    **{f"{name}{size}": partial(papers.recipe_of, name, size) for name in papers.PAPERS for size in papers.SIZES},
+    **{f"{name}{size}": partial(of_paper, name, size) for name in papers.PAPERS for size in papers.SIZES},
 }
 
 
