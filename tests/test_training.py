@@ -24,7 +24,7 @@ from pipelines.training import stages
 from pipelines.training.cache import Cache
 from pipelines.training.dataset import Dataset
 from pipelines.training.feed import Feed, Kept, Looks
-from pipelines.training.loop import patches_of, refuse_packing
+from pipelines.training.loop import layers_of, patches_of, refuse_packing
 from pipelines.training.order import Mixture, Order, positions, shares_of
 from pipelines.training.packing import plan, share_out
 from pipelines.training.stages import Stage
@@ -399,20 +399,22 @@ def test_stage_one_on_two_workers(cluster, datasets, model_folder, tmp_path):
         data=[datasets["pairs"], datasets["instructions"]],
         weights=[3, 1],
         start=model_folder,
-        steps=6,
+        steps=8,
         batch_size=8,
         workers=2,
-        checkpoint_every=3,
+        checkpoint_every=2,
+        keep_checkpoints=1,
+        keep_by="validation_loss",
         log_every=1,
         log_keys=True,
         validation=[datasets["instructions"]],
-        validate_every=3,
+        validate_every=4,
         validation_samples=20,
         optimization=Optimization(learning_rate=1e-3, warmup=2),
     )
     run = tmp_path / "run"
     log = train("stage1", settings, str(run))
-    assert [entry["step"] for entry in log["history"]] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in log["history"]] == list(range(1, 9))
     before = OwlForConditionalGeneration.from_pretrained(model_folder).state_dict()
     after = OwlForConditionalGeneration.from_pretrained(f"{run}/model").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -423,20 +425,39 @@ def test_stage_one_on_two_workers(cluster, datasets, model_folder, tmp_path):
     assert set(last["losses"]) == {datasets["pairs"], datasets["instructions"]}
     assert last["compute"] + last["wait"] + last["checkpoint"] == pytest.approx(1)
     assert 0 < last["share_of_peak"] < 1
-    assert sum(log["used"].values()) == 48
+    assert sum(log["used"].values()) == 64
     keys = [storage.read_json(path) for path in storage.listing(f"{run}/keys", ".json")]
-    assert sum(len(batch) for part in keys for batch in part.values()) == 48
+    assert sum(len(batch) for part in keys for batch in part.values()) == 64
     (check,) = [storage.read_json(path) for path in storage.listing(f"{run}/validation", ".json")]
-    assert check["step"] == 3
+    assert check["step"] == 4
+    kept = [storage.name_of(path) for path in storage.listing(f"{run}/checkpoints", "") if "step_" in path]
+    assert kept == ["step_00000004", "step_00000006"]  # the best that was measured, and the last
     assert check["samples"] == 20
-    assert check["validation_loss"] == pytest.approx(log["history"][2]["losses"][datasets["instructions"]], rel=0.5)
+    assert check["validation_loss"] == pytest.approx(log["history"][3]["loss"], rel=0.5)
     assert all(set(told) == {"key", "asked", "answer", "expected", "picture"} for told in check["answers"])
     assert list((run / "tensorboard").iterdir())
     page = (run / "report.html").read_text()
-    assert all(word in page for word in ("validation", "pairs", "abstractor", "Answers after 3 steps"))
+    assert all(word in page for word in ("validation", "pairs", "abstractor", "Answers after 4 steps"))
     assert train("stage1", settings, str(run)) == log
-    with pytest.raises(OwlError, match="steps 6 → 7"):
-        train("stage1", settings.model_copy(update={"steps": 7}), str(run))
+    with pytest.raises(OwlError, match="steps 8 → 9"):
+        train("stage1", settings.model_copy(update={"steps": 9}), str(run))
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(model_folder, datasets, processor):
+    dataset = Dataset([datasets["pairs"]])
+    losses = []
+    for compiled in (False, True):
+        owl = OwlForConditionalGeneration.from_pretrained(model_folder)
+        model = stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
+        stages.train_mode(owl, stages.STAGES["stage1"])
+        for layer in layers_of(model) if compiled else ():
+            layer.compile()
+        settings = Optimization(learning_rate=1e-3, warmup=1)
+        optimizers = build_optimizers(model, settings)
+        feed = Feed(dataset, processor, Order(dataset.rows, 0), 8)
+        losses.append([train_step(model, feed.batch(step), optimizers, settings, 1.0)["loss"] for step in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_damaged_checkpoint_does_not_count(tmp_path):

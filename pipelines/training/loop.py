@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -128,7 +129,9 @@ def work(config: dict[str, Any]) -> None:
             began, warned = time.monotonic(), warned or leaving
             write_keys(run, keys, rank, world)
             validation = settings.validate_every > 0 and step % settings.validate_every == 0
-            saver.save({"step": step, "loss": metrics["loss"]}, step, history, validation)
+            # Ray Train takes a missing number for the best one there is, and none that is no number.
+            told = {"step": step, "loss": metrics["loss"], "validation_loss": math.nan}
+            saver.save(told, step, history, validation)
             clock.spend("checkpoint", began)
         asked = time.monotonic()
     saver.arrived.wait()
