@@ -59,8 +59,8 @@ def work(config: dict[str, Any]) -> None:
     optimizers = build_optimizers(adapted, settings.optimization)
 
     # 2. Where an earlier run stopped.
-    saver = Saver(adapted, optimizers, at_once=not settings.checkpoint_beside)
-    step, history = saver.restore(run)
+    saver = Saver(run, adapted, optimizers, at_once=not settings.checkpoint_beside)
+    step, history = saver.restore()
     model = ray.train.torch.prepare_model(adapted) if world > 1 and not sharded else adapted
 
     # 3. The data from there on.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
+import shutil
 import tempfile
 import threading
 from concurrent.futures import Future
@@ -58,14 +59,18 @@ def set_weights(model: nn.Module, weights: dict[str, Any]) -> None:
 class Saver:
     """Saves and restores the checkpoints of one worker. At most one is on its way at a time."""
 
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], at_once: bool = False):
-        self.model, self.optimizers, self.at_once = model, optimizers, at_once
+    def __init__(self, run: str, model: nn.Module, optimizers: list[torch.optim.Optimizer], at_once: bool = False):
+        self.run, self.model, self.optimizers, self.at_once = run, model, optimizers, at_once
         context = ray.train.get_context()
         self.rank, self.world, self.storage = context.get_world_rank(), context.get_world_size(), context.get_storage()
         # Its own group: its messages pass between those of training, and between CPUs.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.arrived = threading.Event()
         self.arrived.set()
+        # One place for each worker of a run, so that what killed ones leave there goes when they come back.
+        name = f"owl-checkpoint-{hashlib.sha256(run.encode()).hexdigest()[:16]}-{self.rank}"
+        self.here = Path(tempfile.gettempdir(), name)
+        shutil.rmtree(self.here, ignore_errors=True)
         on_gpu = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
 
@@ -74,7 +79,8 @@ class Saver:
         Every rank calls it."""
         self.arrived.wait()
         self.arrived.clear()
-        folder = tempfile.mkdtemp(prefix="owl-checkpoint-")
+        folder = self.here / str(step)
+        folder.mkdir(parents=True, exist_ok=True)
         state = gather(self.model, self.optimizers, step, history)
         given = {"checkpoint_id": folder, "process_group": self.group, "async_stager": self.stager}
         writing = cast("Future", dcp.async_save(state, no_dist=self.group is None, **given))
@@ -82,7 +88,7 @@ class Saver:
         def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
             try:
                 writing.result()
-                seal(Path(folder), self.rank, self.world)
+                seal(folder, self.rank, self.world)
                 return self.upload(folder, name)
             finally:
                 self.arrived.set()
@@ -99,18 +105,18 @@ class Saver:
         if self.at_once:
             self.arrived.wait()
 
-    def upload(self, folder: str, name: str) -> Checkpoint:
+    def upload(self, folder: Path, name: str) -> Checkpoint:
         """The seal goes last: without it, a part does not count."""
         target, files = f"{self.storage.experiment_fs_path}/{name}", self.storage.storage_filesystem
         files.create_dir(target)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.suffix == ".json"):
+        for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
             pyarrow.fs.copy_files(str(path), f"{target}/{path.name}", destination_filesystem=files)
         return Checkpoint(target, files)
 
-    def restore(self, run: str) -> tuple[int, list[dict]]:
-        """Loads the newest checkpoint of ``run`` that is whole; returns the steps done and the losses logged so far.
+    def restore(self) -> tuple[int, list[dict]]:
+        """Loads the run's newest checkpoint that is whole; returns the steps done and the losses logged so far.
         Every rank calls it."""
-        name = [self.newest(run) if self.rank == 0 else None]
+        name = [self.newest() if self.rank == 0 else None]
         if self.group is not None:
             dist.broadcast_object_list(name, src=0, group=self.group)
         if name[0] is None:
@@ -128,8 +134,8 @@ class Saver:
         random.setstate(rest["python"])
         return rest["step"], rest["history"]
 
-    def newest(self, run: str) -> str | None:
-        for path in reversed(storage.listing(f"{run}/checkpoints", "")):
+    def newest(self) -> str | None:
+        for path in reversed(storage.listing(f"{self.run}/checkpoints", "")):
             name = storage.name_of(path)
             if name.startswith("step_"):
                 with self.checkpoint(name).as_directory() as folder:
