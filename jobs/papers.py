@@ -149,8 +149,8 @@ SIZES = {
         a_billion,
     ),
     "_tiny": Size(
-        dict.fromkeys(PAPERS, "2 CPU cores, 3 GB · 5 minutes"),
-        "docs/benchmarks.md has what it reaches on the picture world",
+        dict.fromkeys(PAPERS, "2 CPU cores, 3.5 GB · 5 minutes"),
+        "to try the way with; owl demo is the one that answers",
         {
             "hidden_size": 128,
             "intermediate_size": 256,

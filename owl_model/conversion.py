@@ -115,4 +115,4 @@ def resize_pictures(owl: OwlForConditionalGeneration, side: int) -> None:
         places = grid_positions(abstractor.hidden_size, grid, abstractor.use_cls_token)
         for module in owl.model.abstractor.modules():
             if isinstance(module, AbstractorAttention):
-                module.k_pos_embed = places.to(module.q_pos_embed)
+                module.k_pos_embed = places.to(module.q_pos_embed, copy=True)

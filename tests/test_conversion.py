@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 
 from owl_model import OwlConfig, OwlForConditionalGeneration
-from owl_model.conversion import official_state, vision_from_clip, write_official
+from owl_model.conversion import official_state, resize_pictures, vision_from_clip, write_official
 
 VISION = {"hidden_size": 1024, "image_size": 224, "patch_size": 14}
 ABSTRACTOR = {"hidden_size": 1024, "encoder_hidden_size": 1024, "intermediate_size": 2816}
@@ -156,3 +156,33 @@ def test_the_owl_vit_begins_as_clips(tmp_path):
         ours = vision_from_clip(tmp_path).eval()(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "clip_vision_model"
+
+
+def test_a_model_takes_pictures_of_another_size(pair, tmp_path):
+    """As between mPLUG-Owl2's stages: saved and opened again, a flat picture still gives flat features."""
+    owl, _ = pair
+    resize_pictures(owl, 84)
+    owl.save_pretrained(tmp_path)
+    again = OwlForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.vision_config.image_size == 84
+    pictures = torch.rand(2, 3, 84, 84)
+    with torch.no_grad():
+        seen = [each.get_image_features(pictures).pooler_output for each in (owl, again)]
+    torch.testing.assert_close(seen[0], seen[1])
+    with pytest.raises(ValueError, match="is not cut into patches of 14"):
+        resize_pictures(owl, 90)
+
+
+def test_positions_of_another_size_lie_between_those_that_were(pair):
+    owl, _ = pair
+    table = owl.model.vision_model.embeddings.position_embedding
+    with torch.no_grad():  # a slope from top to bottom stays one
+        table[:, 1:] = torch.arange(16.0).div(4, rounding_mode="floor")[:, None]
+    first = table[:, 0].clone()
+    resize_pictures(owl, 112)
+    table = owl.model.vision_model.embeddings.position_embedding
+    assert table.shape[1] == 65
+    assert torch.equal(table[:, 0], first)
+    rows = table[0, 1:, 0].unflatten(0, (8, 8))
+    assert (rows.diff(dim=0)[1:-1] > 0).all()
+    assert rows.diff(dim=1).abs().max() < 1e-4

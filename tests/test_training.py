@@ -477,6 +477,12 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path):
     assert not is_whole(whole)
 
 
+def test_what_a_worker_refuses_is_told_in_one_sentence(cluster, datasets, model_folder, tmp_path):
+    settings = Stage(data=[datasets["pairs"]], start=model_folder, image_size=90, max_failures=0)
+    with pytest.raises(OwlError, match=r"^stage1 stopped: image_size 90 does not fit .* not cut into patches of 24$"):
+        train("stage1", settings, f"{tmp_path}/run")
+
+
 WAYS = {"one worker": {"workers": 1}, "DDP": {"workers": 2}, "FSDP2": {"workers": 2, "sharding": "weights"}}
 
 

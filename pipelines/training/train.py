@@ -11,8 +11,15 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig, ValidationTaskConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    ValidationConfig,
+    ValidationTaskConfig,
+)
 from ray.train.torch import TorchTrainer
 
 from pipelines import storage
@@ -46,9 +53,13 @@ def train(stage: str, settings: Stage, run: str) -> dict:
     log.info("%s: %d samples, %d steps of %d", stage, samples, settings.steps, settings.batch_size)
     with progress(stage, settings.steps, "steps") as counter:
         config = {"stage": stage, "settings": settings.model_dump(), "run": run, "start": start, "counter": counter}
-        result = fit(config, settings, run)
-    if result.error is not None:
-        raise OwlError(f"{stage} stopped: {result.error}")
+        try:
+            fit(config, settings, run)
+        except TrainingFailedError as error:
+            for failure in getattr(error, "worker_failures", {}).values():
+                if isinstance(failure, OwlError):
+                    raise OwlError(f"{stage} stopped: {failure}") from None
+            raise
     logged = storage.read_json(path)
     write_report(f"{run}/report.html", stage, settings, run, logged)
     return logged
@@ -62,7 +73,7 @@ def model_folder(start: str) -> str:
     raise OwlError(f"no model folder to begin from at {start!r}: it has no config.json")
 
 
-def fit(config: dict[str, Any], settings: Stage, run: str) -> ray.train.Result:
+def fit(config: dict[str, Any], settings: Stage, run: str) -> None:
     resources = {"CPU": settings.cpus_per_worker}
     if settings.gpus_per_worker:
         resources["GPU"] = settings.gpus_per_worker
@@ -94,7 +105,7 @@ def fit(config: dict[str, Any], settings: Stage, run: str) -> ray.train.Result:
         if settings.validate_every
         else None,
     )
-    return trainer.fit()
+    trainer.fit()
 
 
 class Trainer(TorchTrainer):
