@@ -106,16 +106,19 @@ def examine(
     model = 4 * sum(count["total"] for count in counts.values())
     checks = [
         check("memory", needs["total"] < room, f"{size(needs['total'])} of {size(room)} a worker", less(settings)),
-        *(Checked(f"data {folder}", partial(rows_in, folder)).row("curate it: owl curate run") for folder in data),
-        Checked("start", lambda: found_start(recipe, start)).row("name what is missing with --set or --start"),
+        *(Checked(f"data {folder}", partial(rows_in, folder)).row("owl curate RAW --out FOLDER") for folder in data),
+        Checked("start", lambda: found_start(recipe, start)).row(
+            "--set parts.language_model=FOLDER, --set parts.vision=FOLDER, or --start"
+        ),
         disk_check(run, model + (settings.keep_checkpoints + 1) * checkpoint),
     ]
     if data:
-        checks.append(batch.row("see above"))
+        told = {name: round(value, 2) for name, value in sample.items()}
+        checks.append(check("first batch", not batch.error, batch.error or f"{told} a sample", "see above"))
     return {
         "stage": stage,
         "memory": needs,
-        "days": round(days, 3),
+        "days": round(days, 5),
         "assumed": f"{rate / 1e12:.3g} · 10¹² operations a second, {SHARE_OF_PEAK:.0%} of them used, "
         f"{sample['tokens']:.0f} tokens a sample",
         "checkpoint": checkpoint,
@@ -142,7 +145,12 @@ class Checked:
 
 
 def size(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB"
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+
+
+def duration(days: float) -> str:
+    unit, many = next((u, n) for u, n in (("days", 1), ("hours", 24), ("minutes", 1440)) if days * n >= 2 or n == 1440)
+    return f"{days * many:,.1f} {unit}"
 
 
 def less(settings: Stage) -> str:
@@ -270,12 +278,13 @@ def disk_check(run: str, needed: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     console = Console()
-    table = Table("memory of a worker", "GB", box=None)
+    table = Table("memory of a worker", "", box=None)
     for name, number in found["memory"].items():
-        table.add_row(name, f"{number / 1e9:,.2f}")
+        table.add_row(name, size(number))
     console.print(table)
-    console.print(f"\nTime: {found['days']:,.2f} days ({found['assumed']})\n", highlight=False)
+    console.print(f"\nTime: {duration(found['days'])} ({found['assumed']})\n", highlight=False)
     for row in found["checks"]:
         mark = "[green]good[/green]" if row["good"] else "[red]not so[/red]"
-        change = f"; try {row['change']}" if row["change"] else ""
-        console.print(f"  {mark}  {row['name']}: {row['found']}{change}", highlight=False)
+        console.print(f"  {mark}  {row['name']}: {row['found']}", highlight=False)
+        if row["change"]:
+            console.print(f"          → {row['change']}", highlight=False, style="dim")

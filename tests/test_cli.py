@@ -276,3 +276,18 @@ def test_the_language_model_is_read_in_fewer_bits(tmp_path, processor, bits):
     with torch.no_grad():
         exact, rough = owl(**inputs).logits.flatten(), light(**inputs).logits.flatten().float()
     assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.95
+
+
+def test_doctor_says_what_is_missing_and_what_to_change():
+    tight = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "doctor", "--recipe", "owl_stage1_tiny", "--data", "nowhere", "--json"]
+        + ["--memory", "0.01", "--rate", "0.05"],
+        capture_output=True,
+        text=True,
+    )
+    assert tight.returncode == 1
+    checks = {check["name"]: check for check in json.loads(tight.stdout)["checks"]}
+    assert not checks["memory"]["good"]
+    assert "micro_batch=8" in checks["memory"]["change"]
+    assert "no curated dataset" in checks["data nowhere"]["found"]
+    assert "parts.language_model names no folder" in checks["start"]["found"]
