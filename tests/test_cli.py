@@ -279,12 +279,9 @@ def test_the_language_model_is_read_in_fewer_bits(tmp_path, processor, bits):
 
 
 def test_doctor_says_what_is_missing_and_what_to_change():
-    tight = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "doctor", "--recipe", "owl_stage1_tiny", "--data", "nowhere", "--json"]
-        + ["--memory", "0.01", "--rate", "0.05"],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "jobs.cli", "doctor", "--recipe", "owl_stage1_tiny", "--data", "nowhere"]
+    command += ["--memory", "0.01", "--rate", "0.05", "--json"]
+    tight = subprocess.run(command, capture_output=True, text=True)
     assert tight.returncode == 1
     checks = {check["name"]: check for check in json.loads(tight.stdout)["checks"]}
     assert not checks["memory"]["good"]
