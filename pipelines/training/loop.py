@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +23,8 @@ from pipelines.training.cache import Cache
 from pipelines.training.dataset import Dataset
 from pipelines.training.feed import Feed, Looks
 from pipelines.training.state import Saver, gather_whole, set_weights
-from pipelines.training.step import COUNTS, build_optimizers, schedule, summed, train_step
-from pipelines.training.watch import PATCHES, Clock, matrix_rate, operations, scalars, trackers
+from pipelines.training.step import build_optimizers, schedule, summed, train_step
+from pipelines.training.watch import PATCHES, Diary, matrix_rate, operations, trackers
 
 
 def work(config: dict[str, Any]) -> None:
@@ -45,7 +44,7 @@ def work(config: dict[str, Any]) -> None:
     adapted = stages.prepare(owl, trains, settings.lora)
     stages.train_mode(owl, trains)
     stages.freeze_in(owl, precision)
-    counts = stages.count_parameters(owl)
+    counts, patches = stages.count_parameters(owl), patches_of(owl)
     if settings.checkpoint_activations:
         owl.activation_checkpointing_enable()
     device = ray.train.torch.get_device()
@@ -65,38 +64,16 @@ def work(config: dict[str, Any]) -> None:
 
     # 3. The data from there on.
     dataset = Dataset(settings.data, Cache(int(settings.cache_gigabytes * 2**30)))
-    order = dataset.order(settings.seed, settings.weights)
-    frozen_vision = trains.pictures and trains.vision == "frozen"
-    feed = Feed(
-        dataset,
-        processor,
-        order,
-        settings.batch_size,
-        rank=rank,
-        world=world,
-        micro_batch=settings.micro_batch,
-        pack_tokens=settings.pack_tokens,
-        max_tokens=settings.max_tokens,
-        looks=Looks(
-            pictures=trains.pictures,
-            crop=settings.crop,
-            always=sharded and trains.pictures,
-            encode=Frozen(owl) if frozen_vision else None,
-            keep_bytes=settings.keep_megabytes << 20,
-        ),
-        threads=max(1, int(settings.cpus_per_worker)),
-    )
+    feed = feed_of(dataset, owl, processor, settings, trains, rank, world, sharded)
 
     # 4. Step after step.
-    watched = trackers(run, settings.trackers) if rank == 0 else []
+    diary = Diary(history, settings.data, trackers(run, settings.trackers) if rank == 0 else [])
     peak = matrix_rate(device, precision) * world
-    seen: Counter[str] = Counter({name: history[-1][name] for name in ("unsupervised", "cut")} if history else {})
     keys: dict[int, list[str]] = {}
-    clock, sums = Clock(), Counter[str]()
     looked, warned = time.monotonic(), False  # when a reclaim of machines was last asked for, and whether one was told
     asked = time.monotonic()
     for batches in feed.batches(step, settings.steps):
-        clock.spend("wait", asked)
+        diary.clock.spend("wait", asked)
         rate = schedule(step, settings.steps, settings.optimization.warmup)
         logged = (step + 1) % settings.log_every == 0 or step + 1 == settings.steps
         modules = stages.parts_of(owl) if logged else None
@@ -104,23 +81,14 @@ def work(config: dict[str, Any]) -> None:
             model, batches, optimizers, settings.optimization, rate, precision, len(settings.data), modules
         )
         step += 1
-        counted = {name: metrics.pop(name) for name in COUNTS}
-        sums.update(counted)
-        seen.update({name: counted[name] for name in ("unsupervised", "cut")})
+        diary.count(metrics)
         if settings.log_keys:
             keys[step] = [key for batch in batches for key in batch.keys]
         if logged:
-            losses = dict(zip(settings.data, metrics.pop("losses"), strict=True))
-            entry = {"step": step, **metrics, "losses": losses, "rate": rate, **seen, **speed(clock, sums)}
-            work_done = operations(counts, sums["tokens"] + sums["padding"], sums["pictures"], patches_of(owl))
-            entry["share_of_peak"] = work_done / entry["seconds"] / peak
-            history.append(entry)
-            for tracker in watched:
-                tracker.log(scalars(entry), step)
+            done = operations(counts, diary.sums["tokens"] + diary.sums["padding"], diary.sums["pictures"], patches)
+            diary.write(step, metrics, rate, done / peak)
             if rank == 0:
                 config["counter"].at.remote(step, f"loss {metrics['loss']:.3f}")
-            clock.restart()
-            sums.clear()
         leaving = False
         if agreed(time.monotonic() - looked > SECONDS_BETWEEN_LOOKS, device):
             looked = time.monotonic()
@@ -132,26 +100,56 @@ def work(config: dict[str, Any]) -> None:
             # Ray Train takes a missing number for the best one there is, and none that is no number.
             told = {"step": step, "loss": metrics["loss"], "validation_loss": math.nan}
             saver.save(told, step, history, validation)
-            clock.spend("checkpoint", began)
+            diary.clock.spend("checkpoint", began)
         asked = time.monotonic()
     saver.arrived.wait()
 
     # 5. The model folder.
     write_keys(run, keys, rank, world)
-    whole: nn.Module = adapted
-    if sharded or precision != torch.float32:
-        weights = gather_whole(adapted)
-        if rank == 0:
-            fresh, _ = open_model(config["start"], settings.image_size)
-            whole = stages.prepare(fresh, trains, settings.lora)
-            set_weights(whole, weights)
+    weights = gather_whole(adapted) if sharded or precision != torch.float32 else None
     if rank == 0:
-        used = dataset.used(order, step * settings.batch_size)
+        diary.close()
+        used = dataset.used(feed.order, step * settings.batch_size)
         storage.write_json(f"{run}/log.json", {"parameters": counts, "history": history, "used": used})
-        export(whole, processor, f"{run}/model")
-        for tracker in watched:
-            tracker.close()
+        if weights is not None:
+            fresh, _ = open_model(config["start"], settings.image_size)
+            adapted = stages.prepare(fresh, trains, settings.lora)
+            set_weights(adapted, weights)
+        export(adapted, processor, f"{run}/model")
     ray.train.report({"step": step})
+
+
+def feed_of(
+    dataset: Dataset,
+    owl: OwlForConditionalGeneration,
+    processor: OwlProcessor,
+    settings: stages.Stage,
+    trains: stages.Trains,
+    rank: int,
+    world: int,
+    sharded: bool,
+) -> Feed:
+    """What the settings say of order, rows and pictures."""
+    looks = Looks(
+        pictures=trains.pictures,
+        crop=settings.crop,
+        always=sharded and trains.pictures,
+        encode=Frozen(owl) if trains.pictures and trains.vision == "frozen" else None,
+        keep_bytes=settings.keep_megabytes << 20,
+    )
+    return Feed(
+        dataset,
+        processor,
+        dataset.order(settings.seed, settings.weights),
+        settings.batch_size,
+        rank=rank,
+        world=world,
+        micro_batch=settings.micro_batch,
+        pack_tokens=settings.pack_tokens,
+        max_tokens=settings.max_tokens,
+        looks=looks,
+        threads=max(1, int(settings.cpus_per_worker)),
+    )
 
 
 def open_model(folder: str, side: int) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
@@ -175,18 +173,6 @@ SECONDS_BETWEEN_LOOKS = 5
 def agreed(wish: bool, device: torch.device) -> bool:
     """Whether any rank wishes it: the same on all."""
     return bool(summed(torch.tensor([float(wish)]), device).item())
-
-
-def speed(clock: Clock, sums: Counter[str]) -> dict[str, float]:
-    shares = clock.shares()
-    everything = max(1, sums["tokens"] + sums["padding"])
-    return {
-        **shares,
-        "tokens_per_second": sums["tokens"] / shares["seconds"],
-        "pictures_per_second": sums["pictures"] / shares["seconds"],
-        "padding": sums["padding"] / everything,
-        "supervised": sums["supervised"],
-    }
 
 
 def write_keys(run: str, keys: dict[int, list[str]], rank: int, world: int) -> None:

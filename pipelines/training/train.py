@@ -42,10 +42,9 @@ def train(stage: str, settings: Stage, run: str) -> dict:
     data or starting model are missing.
     """
     run = run if "://" in run else os.path.abspath(run)
-    path, model = f"{run}/log.json", f"{run}/model"
     refuse_other_settings(run, stage, settings)
-    if storage.exists(f"{model}/finished"):
-        return storage.read_json(path)
+    if storage.exists(f"{run}/model/finished"):
+        return told(stage, settings, run)
     start = model_folder(settings.start)
     if missing := [name for name in settings.trackers if not find_spec(PACKAGES[name])]:
         raise OwlError(f"trackers {missing[0]} needs a package that is not installed: pip install {missing[0]}")
@@ -60,8 +59,14 @@ def train(stage: str, settings: Stage, run: str) -> dict:
                 if isinstance(failure, OwlError):
                     raise OwlError(f"{stage} stopped: {failure}") from None
             raise
-    logged = storage.read_json(path)
-    write_report(f"{run}/report.html", stage, settings, run, logged)
+    return told(stage, settings, run)
+
+
+def told(stage: str, settings: Stage, run: str) -> dict:
+    """A finished run's log; its report is written where a killed driver did not come to it."""
+    logged = storage.read_json(f"{run}/log.json")
+    if not storage.exists(f"{run}/report.html"):
+        write_report(f"{run}/report.html", stage, settings, run, logged)
     return logged
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from ray.util.metrics import Gauge
 
 from pipelines import storage
+from pipelines.training.step import COUNTS
 
 PATCHES = 257
 """Visual tokens that a picture is in its encoder, where the encoder does not say."""
@@ -156,3 +158,50 @@ def scalars(entry: dict[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[name] = value
     return flat
+
+
+class Diary:
+    """What happens between two entries of a run's history, and the entries. ``history`` is written on in place."""
+
+    def __init__(self, history: list[dict], data: list[str], watched: Sequence[Tracker]):
+        self.history, self.data, self.watched = history, data, watched
+        self.clock, self.sums = Clock(), Counter[str]()
+        self.seen = Counter({name: history[-1][name] for name in SINCE_THE_START} if history else {})
+
+    def count(self, metrics: dict[str, Any]) -> None:
+        """Takes a step's counts out of its metrics, and adds them up."""
+        counted = {name: metrics.pop(name) for name in COUNTS}
+        self.sums.update(counted)
+        self.seen.update({name: counted[name] for name in SINCE_THE_START})
+
+    def write(self, step: int, metrics: dict[str, Any], rate: float, seconds_at_peak: float) -> None:
+        """An entry; ``seconds_at_peak`` is how long its operations would take at the matrices' rate."""
+        shares, sums = self.clock.shares(), self.sums
+        seconds = shares["seconds"]
+        losses = dict(zip(self.data, metrics["losses"], strict=True))
+        entry = {
+            "step": step,
+            **metrics,
+            "losses": losses,
+            "rate": rate,
+            **self.seen,
+            **shares,
+            "tokens_per_second": sums["tokens"] / seconds,
+            "pictures_per_second": sums["pictures"] / seconds,
+            "padding": sums["padding"] / max(1, sums["tokens"] + sums["padding"]),
+            "supervised": sums["supervised"],
+            "share_of_peak": seconds_at_peak / seconds,
+        }
+        self.history.append(entry)
+        for tracker in self.watched:
+            tracker.log(scalars(entry), step)
+        self.clock.restart()
+        self.sums.clear()
+
+    def close(self) -> None:
+        for tracker in self.watched:
+            tracker.close()
+
+
+SINCE_THE_START = ("unsupervised", "cut")
+"""Counts that entries tell of the whole run."""
