@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow rivals s3-server clean
+.PHONY: setup demo test check check-slow rivals s3-server browser clean
 
 setup: $(VENV)/ready
 
@@ -48,6 +48,11 @@ s3-server: .s3/ready
 	@$(PYTHON) -m venv .s3
 	@.s3/bin/pip --disable-pip-version-check --quiet install 'swift==2.38.3' 'setuptools<81' 2>&1 | grep -v '^WARNING: Location' || true
 	@touch $@
+
+# A browser for the tests of pages: the system's Chromium where there is one, else playwright's.
+browser: setup
+	@$(PIP) install --constraint constraints.txt playwright
+	@command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
 
 clean:
 	rm -rf $(VENV) .rivals .s3 owl-demo *.egg-info

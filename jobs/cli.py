@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs import bench, curation
+from jobs import bench, curation, evaluation
 from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
 from jobs.session import prepare_environment, ray_session
 from pipelines import storage
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(curation.app, name="curate")
+app.add_typer(evaluation.app, name="eval")
 
 
 @app.command()
@@ -101,47 +102,6 @@ def train(
         console.print(f"Step {last['step']}, loss {last['loss']:.4f}. Model: {run}/model")
 
     finish({"model": f"{run}/model", **log["history"][-1]}, as_json, show)
-
-
-@app.command()
-def eval(
-    model: Annotated[str, typer.Argument(help="A model folder.")],
-    benchmark: Annotated[str, typer.Option("--benchmark", help="picture_world or caption_loss.")],
-    data: Annotated[str, typer.Option("--data", help="The benchmark's files; raw shards for caption_loss.")],
-    out: Annotated[str, typer.Option("--out", help="Folder for answers, results and the report.")],
-    recipe: RecipeName = "real_small",
-    set: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Answers a benchmark's questions and reports scores beside controls. Settings: the recipe's `evaluation`."""
-    from pipelines.evaluation.caption_loss import compare_losses
-    from pipelines.evaluation.evaluate import evaluate
-    from pipelines.evaluation.report import HEAD, score_rows
-
-    settings = recipe_of(recipe, set, "evaluation").evaluation
-    with ray_session():
-        if benchmark == "caption_loss":
-            results = compare_losses(model, [data], out, settings)
-        else:
-            results = evaluate(model, benchmark, data, out, settings)
-
-    def show() -> None:
-        if benchmark == "caption_loss":
-            low, high = results["interval"]
-            Console().print(
-                f"loss per token with the right picture {results['right']:.4f}, "
-                f"with a wrong one {results['wrong']:.4f}; "
-                f"difference {results['difference']:.4f}, 95 % interval {low:.4f} to {high:.4f} "
-                f"({results['captions']} captions of {results['pictures']} pictures)"
-            )
-            return
-        table = Table(*HEAD, box=None)
-        for row in score_rows(results["scores"]):
-            table.add_row(*row)
-        Console().print(table)
-        console.print(f"Report: {out}/report.html")
-
-    finish(results, as_json, show)
 
 
 @app.command()

@@ -7,20 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
-from jobs.options import AsJson, Overrides, RecipeName, console, finish, pairs_of, recipe_of
+from jobs.options import AsJson, OrRun, Overrides, RecipeName, console, finish, pairs_of, recipe_of
 from jobs.session import ray_session
 from pipelines.settings import with_overrides
-
-
-class OrRun(TyperGroup):
-    """`owl curate RAW …` is `owl curate run RAW …`."""
-
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        first_is_command = not args or args[0] in self.commands or args[0] == "--help"
-        return super().parse_args(ctx, args if first_is_command else ["run", *args])
-
 
 app = typer.Typer(cls=OrRun, no_args_is_help=True, help="Raw shards to a curated dataset, and a look into it.")
 

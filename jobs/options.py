@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from pipelines.settings import SettingError, with_overrides
 
@@ -18,6 +19,14 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="One setting of the recipe, as key=value. May be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+
+
+class OrRun(TyperGroup):
+    """`owl curate RAW …` is `owl curate run RAW …`, and so on."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        first_is_command = not args or args[0] in self.commands or args[0] == "--help"
+        return super().parse_args(ctx, args if first_is_command else ["run", *args])
 
 
 def recipe_of(name: str, overrides: list[str] | None, group: str = ""):

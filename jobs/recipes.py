@@ -99,6 +99,7 @@ def demo() -> Recipe:
             template="plain",
         ),
         curation=Curation(limits=Limits(min_side=64), deduplication=Deduplication(radius=6, detail=12)),
+        evaluation=Evaluation(controls=True),
         serving=Serving(port=0),
         language=worker.model_copy(update={"steps": 550}),
         stage1=worker.model_copy(update={"steps": 1500}),

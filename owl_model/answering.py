@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
+from owl_model.chat import Encoded
 from owl_model.modeling import OwlForConditionalGeneration
 from owl_model.processing import OwlProcessor
 
@@ -95,6 +96,55 @@ def answer(
     tokens = owl.generate(**inputs, generation_config=config, stopping_criteria=stops)
     texts = processor.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
     return [before_stop(text, stop_strings).strip() for text in texts]
+
+
+@torch.no_grad()
+def choice_log_likelihoods(
+    owl: OwlForConditionalGeneration,
+    processor: OwlProcessor,
+    conversations: Sequence[Sequence[dict]],
+    images: Sequence[Sequence],
+    choices: Sequence[Sequence[str]],
+) -> list[list[float]]:
+    """log p(choice | conversation) of each of a conversation's choices as the assistant's next words, summed over their
+    tokens; the token that would end the answer is left out. Choices of one token each, such as letters, share one pass
+    over their conversation."""
+    prompts = [processor.encode(messages, prompt=True) for messages in conversations]
+    answers = [
+        [processor.encode([*messages, {"role": "assistant", "content": choice}]).ids for choice in named]
+        for messages, named in zip(conversations, choices, strict=True)
+    ]
+    ends = [[ids[len(prompt.ids) : -1] for ids in some] for prompt, some in zip(prompts, answers, strict=True)]
+    pictures = [[processor.image_processor.pixels(image) for image in given] for given in images]
+    if all(len(end) == 1 for some in ends for end in some):
+        rows = [(prompt.ids, shown) for prompt, shown in zip(prompts, pictures, strict=True)]
+        last = next_log_probabilities(owl, processor, rows, tail=1)
+        return [[float(values[0, end[0]]) for end in some] for values, some in zip(last, ends, strict=True)]
+    rows = [
+        (prompt.ids + end, shown) for prompt, some, shown in zip(prompts, ends, pictures, strict=True) for end in some
+    ]
+    longest = max(len(end) for some in ends for end in some) + 1
+    found = iter(next_log_probabilities(owl, processor, rows, tail=longest))
+    sums = []
+    for some in ends:
+        values = [(next(found)[-len(end) - 1 : -1], end) for end in some]
+        sums.append([float(table[range(len(end)), end].sum()) for table, end in values])
+    return sums
+
+
+def next_log_probabilities(
+    owl: OwlForConditionalGeneration, processor: OwlProcessor, rows: Sequence[tuple[list[int], list]], tail: int
+) -> list[torch.Tensor]:
+    """[tail, V] in float64 for each row of token ids with its pictures: log p of the token after each of its last
+    ``tail`` ones. Rows are padded on the right, where a causal model does not look."""
+    inputs = processor.collate([Encoded(ids, ids, len(shown)) for ids, shown in rows])
+    del inputs["labels"]
+    pixels = [image for _, shown in rows for image in shown]
+    if pixels:
+        inputs["pixel_values"] = torch.stack(pixels)
+    hidden = owl.model(**on_device(owl, inputs)).last_hidden_state
+    kept = torch.stack([row[len(ids) - tail : len(ids)] for row, (ids, _) in zip(hidden, rows, strict=True)])
+    return list(owl.lm_head(kept).double().log_softmax(dim=-1).cpu())
 
 
 @torch.no_grad()

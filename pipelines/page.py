@@ -74,9 +74,9 @@ def numbers(values: dict[str, str]) -> Markup:
     return Markup("<div class=numbers>{}</div>").format(Markup("").join(items))
 
 
-def bars(rows: Sequence[tuple[str, float, str]]) -> Markup:
-    """(name, size, text) rows as horizontal bars on one scale."""
-    most = max((size for _, size, _ in rows), default=0) or 1
+def bars(rows: Sequence[tuple[str, float, str]], most: float = 0) -> Markup:
+    """(name, size, text) rows as horizontal bars on one scale, up to ``most`` or the longest."""
+    most = max([most, *(size for _, size, _ in rows)]) or 1
     row = Markup('<div class=bar><span>{}</span><i style="width:{:.2f}%"></i><span>{}</span></div>')
     return Markup("").join(row.format(name, 100 * size / most, text) for name, size, text in rows)
 
@@ -162,6 +162,36 @@ def shrunk(data: bytes | None, words: str | Markup, side: int = 240) -> Markup:
 
 def pictures(figures: Sequence[Markup]) -> Markup:
     return Markup("<div class=pictures>{}</div>").format(Markup("").join(figures))
+
+
+def radar(series: dict[str, dict[str, float]]) -> Markup:
+    """Named series of spoke → 0 to 1, as polygons over one set of spokes, with a legend."""
+    spokes = list(dict.fromkeys(name for values in series.values() for name in values))
+    width, height, radius = 640, 400, 145
+    turns = [2 * np.pi * index / len(spokes) - np.pi / 2 for index in range(len(spokes))]
+
+    def points(sizes: Sequence[float]) -> str:
+        at = zip(turns, sizes, strict=True)
+        return " ".join(f"{width / 2 + size * np.cos(t):.1f},{height / 2 + size * np.sin(t):.1f}" for t, size in at)
+
+    out = [
+        f'<polygon points="{points([radius * ring / 4] * len(spokes))}" fill="none" stroke="var(--line)"/>'
+        for ring in range(1, 5)
+    ]
+    for name, turn in zip(spokes, turns, strict=True):
+        x, y = width / 2 + (radius + 14) * np.cos(turn), height / 2 + (radius + 14) * np.sin(turn)
+        side = "middle" if abs(np.cos(turn)) < 0.2 else "start" if np.cos(turn) > 0 else "end"
+        out.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{side}">{escape(name)}</text>')
+    for index, (name, values) in enumerate(series.items()):
+        colour = f"var({COLOURS[index % len(COLOURS)]})"
+        spots = points([radius * max(0.0, min(1.0, values.get(spoke, 0.0))) for spoke in spokes])
+        out.append(
+            f'<polygon points="{spots}" fill="{colour}" fill-opacity="0.15" stroke="{colour}" stroke-width="2"/>'
+        )
+        if len(series) > 1:
+            out.append(f'<text x="8" y="{20 + 18 * index}" style="fill:{colour}">{escape(name)}</text>')
+    drawn = f'<svg viewBox="0 0 {width} {height}" style="max-width:680px" role="img">{"".join(out)}</svg>'
+    return Markup(drawn)
 
 
 def lines(series: dict[str, list[tuple[float, float]]], x_name: str, y_name: str) -> Markup:

@@ -97,13 +97,25 @@ ANSWERS = pa.schema(
     [
         ("id", pa.string()),
         ("type", pa.string()),
+        ("unit", pa.string()),  # what it shares with other questions, such as a picture
         ("condition", pa.string()),  # "picture", "wrong picture" or "no picture"
-        ("prompt", pa.string()),
-        ("answer", pa.string()),
-        ("expected", pa.string()),
-        ("score", pa.float32()),
+        ("prompt", pa.string()),  # the whole conversation as the model was given it, pictures as <image>
+        ("pictures", pa.list_(pa.string())),  # paths, in reading order
+        ("prompt_tokens", pa.int32()),
+        ("answer", pa.string()),  # "" where it failed
+        ("answer_tokens", pa.int32()),  # 0 where choices were compared
+        ("log_likelihoods", pa.list_(pa.float64())),  # of each choice, where they were compared
+        ("error", pa.string()),  # null where it did not fail
+        ("facts", pa.string()),  # JSON: what the metric knows of the question
+        ("score", pa.float64()),  # null where nobody has graded it
+        ("benchmark", pa.string()),  # name and version of prompt and metric
+        ("model", pa.string()),
+        ("model_sha256", pa.string()),
+        ("split_sha256", pa.string()),  # of all questions, with their facts
+        ("decoding", pa.string()),  # JSON
     ]
 )
+"""One row an answer, with all that its score can be traced to."""
 
 
 def to_arrow_messages(messages: list[dict]) -> list[dict]:

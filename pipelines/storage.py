@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -48,6 +49,21 @@ def listing(folder: str, ending: str) -> list[str]:
         return []
     names = sorted(name_of(path) for path in fs.ls(plain, detail=False))
     return [join(folder, name) for name in names if name.endswith(ending) and not name.startswith(".")]
+
+
+def folders(folder: str) -> list[str]:
+    """Full paths of the folders directly in ``folder``, sorted."""
+    fs, plain = filesystem(folder)
+    if not fs.exists(plain):
+        return []
+    found = [name_of(entry["name"]) for entry in fs.ls(plain, detail=True) if entry["type"] == "directory"]
+    return [join(folder, name) for name in sorted(found)]
+
+
+def sha256(path: str) -> str:
+    """Of a file's bytes."""
+    with open_read(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def open_read(path: str) -> IO[bytes]:
@@ -151,6 +167,16 @@ def read_arrow(path: str) -> pa.Table:
         return open_arrow(path).read_all()
     with open_read(path) as file:
         return pa.ipc.open_file(file).read_all()
+
+
+def write_parquet(path: str, table: pa.Table) -> None:
+    with open_write(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
+    with open_read(path) as file:
+        return pq.ParquetFile(file).read(columns)
 
 
 def remove(path: str) -> None:

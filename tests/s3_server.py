@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 PLACE = Path(__file__).parents[1] / ".s3"
 SERVERS = ("account", "container", "object")
@@ -137,6 +138,7 @@ class Server:
 def s3_server(folder: Path) -> Iterator[Server]:
     """Skips the test where the server is not installed. Ends its processes afterwards."""
     server = Server(folder)
+    S3FileSystem.clear_instance_cache()  # one made for a server before this one would go on asking that one
     try:
         yield server
     finally:

@@ -165,7 +165,7 @@ def test_keys_find_what_comparing_all_finds(cluster, tmp_path, settings, parts):
     assert {reason for reason, _ in wanted.values()} >= {"duplicate_exact", "duplicate_near"}
     assert sum(sum(entry["dropped"].values()) for entry in entries) == len(wanted) + len(names)
     for name in names:
-        out = ledger.read_parquet(f"{tmp_path}/selection/{name}.parquet").to_pylist()
+        out = storage.read_parquet(f"{tmp_path}/selection/{name}.parquet").to_pylist()
         assert {row["key"]: row["reason"] for row in out}.items() <= {k: r for k, (r, _) in wanted.items()}.items()
     assert remove_duplicates(str(tmp_path), names, parts * 1_000_000, asked) == entries  # asked again, the same
 

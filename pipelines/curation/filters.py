@@ -51,6 +51,7 @@ REASONS = {
     "score_unsafe": "not safe, by the given classifier",
     "score_watermark": "a watermark, by the given classifier",
     "contaminated": "like a sample of a dataset that this one is kept apart from",
+    "benchmark": "a picture or a question of an evaluation benchmark (owl eval --decontaminate)",
     "duplicate_exact": "the same bytes as another picture",
     "duplicate_near": "another picture, encoded, sized, lit or cut a little differently",
     "duplicate_caption": "the same words as another sample's",

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.records import CURATED, LEDGER, SCORES, SELECTION, THUMBNAILS
@@ -102,13 +101,8 @@ def manifest_of(output: str) -> dict[str, Any]:
     return storage.read_json(f"{output}/manifest.json")
 
 
-def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
-    with storage.open_read(path) as file:
-        return pq.ParquetFile(file).read(columns)
-
-
 def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:
-    return read_parquet(f"{output}/ledger/{shard}.parquet", columns)
+    return storage.read_parquet(f"{output}/ledger/{shard}.parquet", columns)
 
 
 def embeddings(output: str, shard: str, rows: pa.ChunkedArray) -> pa.Array:
@@ -116,7 +110,7 @@ def embeddings(output: str, shard: str, rows: pa.ChunkedArray) -> pa.Array:
     path = f"{output}/scores/{shard}.parquet"
     if not storage.exists(path):
         return pa.nulls(len(rows), SCORES.field("embedding").type)
-    scores = read_parquet(path, ["row", "embedding"])
+    scores = storage.read_parquet(path, ["row", "embedding"])
     return scores["embedding"].combine_chunks().take(places_of(rows, scores["row"]))
 
 
@@ -126,8 +120,7 @@ def places_of(rows: pa.ChunkedArray, among: pa.ChunkedArray) -> pa.Array:
 
 
 def write_ledger(output: str, shard: str, table: pa.Table) -> None:
-    with storage.open_write(f"{output}/ledger/{shard}.parquet") as file:
-        pq.write_table(table, file, compression="zstd")
+    storage.write_parquet(f"{output}/ledger/{shard}.parquet", table)
 
 
 def decide(output: str, shard: str, decided: list[dict], instead_of: Collection[str]) -> dict:
@@ -159,8 +152,9 @@ def set_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 def write_selection(output: str, shard: str, table: pa.Table) -> None:
     out = pc.and_(table["row"].is_valid(), table["reason"].is_valid())
-    with storage.open_write(f"{output}/selection/{shard}.parquet") as file:
-        pq.write_table(table.filter(out).select(SELECTION.names).cast(SELECTION), file)
+    storage.write_parquet(
+        f"{output}/selection/{shard}.parquet", table.filter(out).select(SELECTION.names).cast(SELECTION)
+    )
 
 
 def selected_rows(output: str, shard: str) -> pa.Array | None:
@@ -168,7 +162,7 @@ def selected_rows(output: str, shard: str) -> pa.Array | None:
     path = f"{output}/selection/{shard}.parquet"
     if not storage.exists(path):
         return None
-    return read_parquet(path, ["row"])["row"].combine_chunks()
+    return storage.read_parquet(path, ["row"])["row"].combine_chunks()
 
 
 def check_books(entries: list[dict]) -> None:

@@ -50,8 +50,8 @@ def rethreshold(output: str, limits: Limits) -> dict[str, Any]:
         score(output, list(raws), settings.scoring)
     entries = settle(output, list(raws), settings, moved=True)
     storage.write_json(f"{output}/settings.json", settings.model_dump())
-    facts = {"run": manifest["run"], "set_aside": manifest["set_aside"], "read_again": read_again}
-    return write_manifest(output, settings, entries, facts)
+    facts = {name: manifest[name] for name in ("run", "set_aside", "decontaminated") if name in manifest}
+    return write_manifest(output, settings, entries, {**facts, "read_again": read_again})
 
 
 @ray.remote(num_cpus=1, max_retries=-1)

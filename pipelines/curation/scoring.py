@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -97,8 +96,7 @@ class Scorer:
     def __call__(self, work: pa.Table) -> pa.Table:
         for shard in work["shard"].to_pylist():
             rows = [row for batch in self.batches(shard) for row in self.scores(batch)]
-            with storage.open_write(f"{self.output}/scores/{shard}.parquet") as file:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCORES), file, compression="zstd")
+            storage.write_parquet(f"{self.output}/scores/{shard}.parquet", pa.Table.from_pylist(rows, schema=SCORES))
             self.counter.advance.remote(1)
         return work
 

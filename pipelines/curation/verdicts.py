@@ -72,7 +72,7 @@ def judge_shard_again(output: str, shard: str, limits: Limits) -> dict:
     for place, row in enumerate(with_scores(output, shard).to_pylist()):
         if row["row"] is not None and (reason := reason_now(row, limits)):
             decided.append({"place": place, "reason": reason, "detail": "by a later look at its statistics"})
-    before = [reason for reason in REASONS if reason not in LATER]
+    before = [reason for reason in REASONS if reason not in (*LATER, "benchmark")]
     return ledger.decide(output, shard, decided, instead_of=before)
 
 
@@ -82,7 +82,7 @@ def with_scores(output: str, shard: str) -> pa.Table:
     table = ledger.read_ledger(output, shard)
     if not storage.exists(path):
         return table
-    scores = ledger.read_parquet(path, ["row", *SCORE_NAMES])
+    scores = storage.read_parquet(path, ["row", *SCORE_NAMES])
     place = ledger.places_of(table["row"], scores["row"])
     for name in SCORE_NAMES:
         table = ledger.set_column(table, name, scores[name].combine_chunks().take(place))

@@ -1,31 +1,29 @@
-"""A model folder answers a benchmark's questions, on Ray Data: with their pictures, and under two controls.
+"""A model folder answers a benchmark's questions, on Ray Data: with their pictures and, if asked, under two controls.
 
 Controls: the same questions with another question's pictures, and without pictures. A model that sees falls to
-chance under both. Questions go out in parts of about one length; a part's answers are one Arrow file, and a rerun asks
-only the parts that are missing.
+chance under both. Questions go out in batches of about one length; a batch's answers are one file, written as soon as
+they are there, so that a rerun asks only what was never answered. Scores are computed at the end from all answers, and
+each answer's row says what they can be traced to.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
 import ray.data
-from ray.data import Datasink
 
 from pipelines import storage
-from pipelines.evaluation.benchmarks import BENCHMARKS
-from pipelines.evaluation.metrics import Question, bootstrap_interval
+from pipelines.evaluation import results
+from pipelines.evaluation.asking import Answerer
+from pipelines.evaluation.benchmarks import named
+from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.report import write_report
 from pipelines.progress import progress
-from pipelines.records import ANSWERS
 from pipelines.settings import OwlError, Settings, differences
-
-log = logging.getLogger(__name__)
 
 CONDITIONS = ("picture", "wrong picture", "no picture")
 
@@ -33,207 +31,230 @@ CONDITIONS = ("picture", "wrong picture", "no picture")
 class Evaluation(Settings):
     """How a benchmark is run."""
 
-    max_new_tokens: int = 32
-    """Longest answer."""
-    part: int = 256
-    """Questions in a part, the unit of work and of resume."""
+    max_new_tokens: int = 0
+    """Longest answer; 0 for the benchmark's own."""
+    answers: Literal["generate", "likelihood"] = "generate"
+    """Whether the model writes answers, or the likeliest of a question's choices is taken."""
     batch_size: int = 64
-    """Questions that are decoded together."""
+    """Questions that are answered together, the unit of resume."""
     actors: int = 1
     """Model replicas."""
     cpus_per_actor: float = 1
     """CPUs of a replica."""
     gpus_per_actor: float = 0
     """GPUs of a replica."""
-    controls: bool = True
+    controls: bool = False
     """Whether the two controls are run too."""
+    limit: int = 0
+    """Questions that are asked, spread over all; 0 asks all. A part's figures compare with nobody's."""
+
+
+PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor")
+"""Settings that change no answer."""
 
 
 def evaluate(model: str, benchmark: str, data: str, output: str, settings: Evaluation) -> dict:
-    """Returns the results: accuracy by question type and condition. Answers and report.html are in ``output``."""
-    if benchmark not in BENCHMARKS:
-        raise OwlError(f"unknown benchmark {benchmark!r}; known: {', '.join(BENCHMARKS)}")
+    """Returns the results; answers.parquet, results.json and report.html are in ``output``.
+
+    Raises OwlError for a folder that is no model, a benchmark's missing file (with the place where its owners publish
+    it), or an ``output`` that holds another evaluation.
+    """
+    chosen = named(benchmark)
     if not storage.exists(f"{model}/config.json"):
         raise OwlError(f"no model folder at {model!r}: it has no config.json")
-    refuse_other_run(output, {"model": model, "benchmark": benchmark, "data": data, **settings.model_dump()})
-    questions = BENCHMARKS[benchmark].read(data)
-    parts = plan(questions, settings)
-    todo = [part for part in parts if not storage.exists(f"{output}/answers/{part['name']}.arrow")]
-    began = time.monotonic()
-    if todo:
-        asked = sum(len(part["items"]) for part in todo)
-        total = sum(len(part["items"]) for part in parts)
-        with progress("evaluate", total, "answers", done=total - asked) as counter:
-            ask(model, benchmark, todo, output, settings, counter)
-    answers = [row for part in parts for row in read_answers(output, part["name"])]
-    results = {
-        "benchmark": BENCHMARKS[benchmark].VERSION,
+    questions = kept(sample(read_questions(chosen, data), settings.limit), output)
+    traced = {
+        "benchmark": chosen.version,
         "model": model,
-        "seconds": round(time.monotonic() - began, 1),
-        "scores": summarize(answers),
+        "model_sha256": fingerprint(model),
+        "split_sha256": split_hash(questions),
+        "decoding": json.dumps(decoding(chosen, settings)),
     }
-    storage.write_json(f"{output}/results.json", results)
-    write_report(f"{output}/report.html", results, questions, answers)
-    return results
+    refuse_other_run(output, {**traced, **settings.model_dump(exclude={*PLACEMENT})})
+    batches = plan(questions, settings)
+    todo = [batch for batch in batches if not storage.exists(answered(output, batch["name"]))]
+    if todo:
+        ask(model, todo, output, settings, traced, sum(len(batch["items"]) for batch in batches))
+    rows = read_answers(output, batches, questions)
+    return conclude(chosen, rows, traced, output)
+
+
+def conclude(benchmark: Benchmark, rows: list[dict], traced: dict, output: str) -> dict:
+    """Scores answers, and writes them down with the results and the report."""
+    rows = results.scored(benchmark, rows)
+    found = {**traced, **results.summarize(benchmark, rows)}
+    storage.write_parquet(f"{output}/answers.parquet", results.to_table(rows))
+    storage.write_json(f"{output}/results.json", found)
+    write_report(f"{output}/report.html", benchmark, found, rows)
+    return found
+
+
+def read_questions(benchmark: Benchmark, data: str) -> list[Question]:
+    if benchmark.read is None:
+        raise OwlError(f"{benchmark.version}: nothing to ask a model; `owl eval score` scores predictions")
+    try:
+        questions = benchmark.read(data)
+        for question in (questions[0], questions[-1]):
+            for path in question.pictures:
+                if isinstance(path, str) and not storage.exists(path):
+                    raise FileNotFoundError(path)
+        return questions
+    except FileNotFoundError as error:
+        missing = error.filename or error.args[0]
+        raise OwlError(
+            f"no {missing}: {benchmark.version.split('/')[0]} reads {benchmark.layout}, published at {benchmark.source}"
+        ) from None
+
+
+def sample(questions: list[Question], limit: int) -> list[Question]:
+    """``limit`` of the questions at equal distances; conversations stay whole."""
+    if not limit or limit >= len(questions):
+        return questions
+    keep = {questions[number * len(questions) // limit].id for number in range(limit)}
+    follows = {question.id: question.follows for question in questions}
+    for id in [*keep]:
+        while id := follows[id]:
+            keep.add(id)
+    return [question for question in questions if question.id in keep]
+
+
+def kept(questions: list[Question], output: str) -> list[Question]:
+    """Pictures that stand in the official file are kept as files of their own, for whoever looks at answers later."""
+    there = {storage.name_of(path) for path in storage.listing(f"{output}/pictures", "")}
+
+    def as_path(picture: str | bytes) -> str:
+        if isinstance(picture, str):
+            return picture
+        name = hashlib.sha256(picture).hexdigest()[:24]
+        if name not in there:
+            there.add(name)
+            with storage.open_write(f"{output}/pictures/{name}") as file:
+                file.write(picture)
+        return f"{output}/pictures/{name}"
+
+    return [
+        Question(**{**vars(question), "pictures": [as_path(picture) for picture in question.pictures]})
+        for question in questions
+    ]
+
+
+def fingerprint(model: str) -> str:
+    """Of the files that decide what a model folder answers."""
+    names = [path for ending in (".json", ".safetensors", ".bin", ".model") for path in storage.listing(model, ending)]
+    digests = [f"{storage.name_of(path)} {storage.sha256(path)}" for path in sorted(names)]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def split_hash(questions: Sequence[Question]) -> str:
+    digest = hashlib.sha256()
+    for q in questions:
+        row = [q.id, q.messages, [storage.name_of(str(path)) for path in q.pictures], q.facts, q.follows]
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def decoding(benchmark: Benchmark, settings: Evaluation) -> dict[str, Any]:
+    if settings.answers == "likelihood":
+        return {"answers": "likelihood"}
+    longest = settings.max_new_tokens or benchmark.max_new_tokens
+    return {"max_new_tokens": longest, "min_new_tokens": min(benchmark.min_new_tokens, longest), "do_sample": False}
 
 
 def plan(questions: list[Question], settings: Evaluation) -> list[dict]:
-    """Parts of questions: [{"name", "condition", "items": [{id, type, messages, pictures, expected}]}]."""
-    conditions = CONDITIONS if settings.controls else CONDITIONS[:1]
-    parts = []
-    for condition in conditions:
-        asked = (shown(question, condition, questions) for question in questions)
-        items = [item for item in asked if item is not None]
-        items.sort(key=lambda item: (len(item["pictures"]), len(item["messages"]), item["id"]))
-        for start in range(0, len(items), settings.part):
-            name = f"{condition.replace(' ', '-')}-{start // settings.part:05d}"
-            parts.append({"name": name, "condition": condition, "items": items[start : start + settings.part]})
-    return parts
+    """Batches of conversations: [{"name", "condition", "items": [[turn, …]]}], the longest first. A turn is a question
+    as a dict; most conversations have one. Raises OwlError where a question has no choices to compare."""
+    if settings.answers == "likelihood" and (open := [q.id for q in questions if not q.choices]):
+        raise OwlError(f"answers=likelihood needs choices, and {len(open)} questions have none, such as {open[0]!r}")
+    batches = []
+    for condition in CONDITIONS if settings.controls else CONDITIONS[:1]:
+        items = conversations(shown(questions, condition))
+        items.sort(key=lambda turns: (-sum(len(t["pictures"]) for t in turns), -length(turns), turns[0]["id"]))
+        for start in range(0, len(items), settings.batch_size):
+            name = f"{condition.replace(' ', '-')}-{start // settings.batch_size:06d}"
+            batches.append({"name": name, "condition": condition, "items": items[start : start + settings.batch_size]})
+    return batches
 
 
-def shown(question: Question, condition: str, questions: list[Question]) -> dict | None:
-    """A question as it is asked under a condition; None where it needs no picture and the condition is a control."""
-    pictures, messages = question.pictures, question.messages
-    if condition != "picture" and not pictures:
-        return None
-    if condition == "wrong picture":
-        others = [q for q in questions if len(q.pictures) == len(pictures) and q.pictures != pictures]
-        place = next(index for index, q in enumerate(questions) if q is question)
-        pictures = others[(place * 7919) % len(others)].pictures
-    elif condition == "no picture":
-        pictures = []
-        messages = [
-            {**m, "content": [part for part in m["content"] if part["type"] == "text"]}
-            if isinstance(m["content"], list)
-            else m
-            for m in messages
-        ]
-    fields = {"id": question.id, "type": question.type, "expected": question.expected}
-    return {**fields, "messages": messages, "pictures": pictures}
+def length(turns: list[dict]) -> int:
+    return sum(len(json.dumps(turn["messages"])) for turn in turns)
 
 
-def ask(model: str, benchmark: str, parts: list[dict], output: str, settings: Evaluation, counter) -> None:
+def conversations(items: list[dict]) -> list[list[dict]]:
+    """Turns that follow each other, together."""
+    chains: dict[str, list[dict]] = {}
+    for item in items:
+        chain = chains[item["follows"]] if item["follows"] else []
+        chain.append(item)
+        chains[item["id"]] = chain
+    return list({id(chain): chain for chain in chains.values()}.values())
+
+
+def shown(questions: list[Question], condition: str) -> list[dict]:
+    """Questions as they are asked under a condition; those that need no picture are left out of the controls."""
+    same_number: dict[int, list[Question]] = {}
+    for question in questions:
+        same_number.setdefault(len(question.pictures), []).append(question)
+    items = []
+    for place, question in enumerate(questions):
+        pictures, messages = list(question.pictures), question.messages
+        if condition != "picture" and not pictures:
+            continue
+        if condition == "wrong picture":
+            others = [q for q in same_number[len(pictures)] if list(q.pictures) != pictures]
+            if not others:
+                continue
+            pictures = list(others[(place * 7919) % len(others)].pictures)
+        elif condition == "no picture":
+            pictures = []
+            messages = [{**m, "content": without_pictures(m["content"])} for m in messages]
+        fields = {name: getattr(question, name) for name in ("id", "type", "facts", "unit", "choices", "follows")}
+        items.append({**fields, "messages": messages, "pictures": pictures})
+    return items
+
+
+def without_pictures(content: str | list[dict]) -> str | list[dict]:
+    return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
+
+
+def answered(output: str, name: str) -> str:
+    return f"{output}/answers/{name}.parquet"
+
+
+def ask(model: str, batches: list[dict], output: str, settings: Evaluation, traced: dict, total: int) -> None:
+    """Answers batches in an actor pool; each actor loads the model once. run.json tells how fast it went."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = None
     resources = {"num_gpus": settings.gpus_per_actor} if settings.gpus_per_actor else {}
-    (
-        ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-        .map_batches(
+    asked = sum(len(batch["items"]) for batch in batches)
+    began, tokens = time.monotonic(), 0
+    with progress("evaluate", total, "answers", done=total - asked) as counter:
+        done = ray.data.from_items(
+            [{"batch": json.dumps(batch)} for batch in batches], override_num_blocks=len(batches)
+        ).map_batches(
             Answerer,
             batch_size=1,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(settings.actors, len(parts))),
+            compute=ray.data.ActorPoolStrategy(size=min(settings.actors, len(batches))),
             num_cpus=settings.cpus_per_actor,
-            fn_constructor_args=(model, benchmark, settings.model_dump()),
+            fn_constructor_args=(model, output, settings.model_dump(), traced, counter),
             **resources,
         )
-        .write_datasink(AnswerSink(output, counter))
+        for row in done.iter_rows():
+            tokens += int(row["tokens"])
+    seconds = time.monotonic() - began
+    speed = {"answers": asked, "seconds": seconds, "answers_per_second": asked / seconds}
+    storage.write_json(
+        f"{output}/run.json", {**speed, "tokens_per_second": tokens / seconds, "actors": settings.actors}
     )
 
 
-class Answerer:
-    """Holds the model in an actor and answers parts."""
-
-    def __init__(self, model: str, benchmark: str, settings: dict):
-        import torch  # only actors need it and the model; the driver would wait seconds for them
-
-        from owl_model.answering import answer, load
-
-        self.settings = Evaluation.model_validate(settings)
-        self.score = BENCHMARKS[benchmark].score
-        self.reply = answer
-        torch.set_num_threads(max(1, int(self.settings.cpus_per_actor)))
-        self.owl, self.processor = load(model)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        rows: list[dict[str, Any]] = []
-        for part in batch["part"]:
-            items = list(part["items"])
-            for start in range(0, len(items), self.settings.batch_size):
-                rows += self.answer(items[start : start + self.settings.batch_size], part["condition"])
-            for row in rows:
-                row["part"] = part["name"]
-        return {name: [row[name] for row in rows] for name in rows[0]}
-
-    def answer(self, items: list[dict], condition: str) -> list[dict]:
-        messages = [plain(item["messages"]) for item in items]
-        pictures = [[read(path) for path in item["pictures"]] for item in items]
-        options = {"max_new_tokens": self.settings.max_new_tokens}
-        texts = self.reply(self.owl, self.processor, messages, pictures, **options)
-        return [
-            {
-                "id": item["id"],
-                "type": item["type"],
-                "condition": condition,
-                "prompt": last_words(spoken),
-                "answer": text,
-                "expected": item["expected"],
-                "score": self.score(text, item["expected"]),
-            }
-            for item, spoken, text in zip(items, messages, texts, strict=True)
-        ]
-
-
-def plain(messages: Iterable[dict]) -> list[dict]:
-    """Messages as they come back from Arrow: null fields taken out."""
-    return [
-        {
-            "role": m["role"],
-            "content": m["content"]
-            if isinstance(m["content"], str)
-            else [{k: v for k, v in part.items() if v is not None} for part in m["content"]],
-        }
-        for m in messages
-    ]
-
-
-def read(path: str) -> bytes:
-    with storage.open_read(path) as file:
-        return file.read()
-
-
-def last_words(messages: list[dict]) -> str:
-    content = messages[-1]["content"]
-    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
-
-
-class AnswerSink(Datasink):
-    """One Arrow file a part."""
-
-    def __init__(self, output: str, counter):
-        self.output, self.counter = output, counter
-
-    def write(self, blocks: Iterable[pa.Table], ctx) -> None:
-        for block in blocks:
-            if not len(block):
-                continue
-            name = block["part"][0].as_py()
-            table = block.select(ANSWERS.names).cast(ANSWERS)
-            storage.write_arrow(f"{self.output}/answers/{name}.arrow", table)
-            self.counter.advance.remote(len(table), name)
-
-
-def read_answers(output: str, name: str) -> list[dict]:
-    return storage.open_arrow(f"{output}/answers/{name}.arrow").read_all().to_pylist()
-
-
-def summarize(answers: list[dict]) -> dict[str, dict]:
-    """condition → type → {n, accuracy, low, high}; "all" is every question, "all with pictures" those that have
-    some, which is what the controls compare with."""
-    out: dict[str, dict] = {}
-    for condition in CONDITIONS:
-        rows = [row for row in answers if row["condition"] == condition]
-        groups = {"all": rows, "all with pictures": [row for row in rows if row["type"] != "text_only"]}
-        for kind in sorted({row["type"] for row in rows}):
-            groups[kind] = [row for row in rows if row["type"] == kind]
-        for kind, members in groups.items():
-            if members and not (kind == "all" and condition != "picture"):
-                scores = np.array([row["score"] for row in members])
-                low, high = bootstrap_interval(scores)
-                entry = {"n": len(members), "accuracy": float(scores.mean()), "low": low, "high": high}
-                out.setdefault(condition, {})[kind] = entry
-    return out
+def read_answers(output: str, batches: list[dict], questions: list[Question]) -> list[dict]:
+    """All answers, in the order of conditions and questions."""
+    place = {question.id: number for number, question in enumerate(questions)}
+    rows = [row for batch in batches for row in storage.read_parquet(answered(output, batch["name"])).to_pylist()]
+    rows.sort(key=lambda row: (CONDITIONS.index(row["condition"]), place[row["id"]]))
+    return [{**row, "facts": json.loads(row["facts"])} for row in rows]
 
 
 def refuse_other_run(output: str, now: dict) -> None:

@@ -149,7 +149,7 @@ class Saver:
 
 def seal(folder: Path, rank: int, world: int) -> None:
     """Writes down what a rank's part of a checkpoint consists of."""
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    files = {path.name: storage.sha256(str(path)) for path in sorted(folder.iterdir())}
     storage.write_json(f"{folder}/rank_{rank}.json", {"world": world, "files": files})
 
 
@@ -161,12 +161,8 @@ def is_whole(folder: Path) -> bool:
     if not all(part.exists() for part in parts):
         return False
     files = {name: digest for part in parts for name, digest in storage.read_json(str(part))["files"].items()}
-    return all((folder / name).exists() and sha256(folder / name) == digest for name, digest in files.items())
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    paths = {folder / name: digest for name, digest in files.items()}
+    return all(path.exists() and storage.sha256(str(path)) == digest for path, digest in paths.items())
 
 
 def prime(optimizers: list[torch.optim.Optimizer]) -> None:

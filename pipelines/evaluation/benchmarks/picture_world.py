@@ -1,29 +1,29 @@
-"""The demo's held-out questions: ``questions.jsonl`` and the pictures it names, as `owl demo` writes them.
+"""The demo's held-out questions. An answer that reasons ends in "…, so X"; X is what counts."""
 
-Metric: exact match of the final answer, where an answer that reasons ends in "…, so X".
-"""
-
-from __future__ import annotations
-
-import json
-
-from pipelines import storage
-from pipelines.evaluation.metrics import Question, exact_match
-from pipelines.settings import OwlError
-
-VERSION = "picture_world/1 exact-match-of-final-answer"
-score = exact_match
+from pipelines.evaluation.benchmarks.base import Benchmark, Question, each, read_lines
+from pipelines.evaluation.metrics import exact_match
 
 
 def read(folder: str) -> list[Question]:
-    path = f"{folder}/questions.jsonl"
-    if not storage.exists(path):
-        raise OwlError(f"no questions.jsonl in {folder}: owl demo writes it, below DIR/world/heldout")
-    with storage.open_read(path) as file:
-        rows = [json.loads(line) for line in file]
     return [
         Question(
-            row["id"], row["type"], row["messages"], [f"{folder}/{name}" for name in row["pictures"]], row["answer"]
+            row["id"],
+            row["messages"],
+            [f"{folder}/{name}" for name in row["pictures"]],
+            {"answer": row["answer"]},
+            row["type"],
+            " ".join(row["pictures"]),
         )
-        for row in rows
+        for row in read_lines(f"{folder}/questions.jsonl")
     ]
+
+
+BENCHMARK = Benchmark(
+    version="picture_world/1 exact match of the final answer",
+    about="Combinations of size, colour and shape that the demo's world never showed in training.",
+    source="`owl demo`, which writes it below DIR/world/heldout",
+    layout="questions.jsonl pictures/",
+    read=read,
+    scores=each(lambda row: exact_match(row["prediction"], row["answer"])),
+    max_new_tokens=32,
+)
