@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import Overrides, RecipeName, recipe_of
 from pipelines.settings import OwlError
 
 app = typer.Typer(help="Checks and measurements that anyone can repeat.", no_args_is_help=True)
@@ -183,3 +184,18 @@ def learning(
         for title, study in studies:
             for result in measure(study, title, seeds, names):
                 print(json.dumps(result), flush=True)
+
+
+@app.command("easy-vqa")
+def easy_vqa(
+    data: Annotated[str, typer.Option("--data", help="easy-VQA's folder, or that of its tars.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for all that is made. The same again goes on.")],
+    recipe: RecipeName = "easy_vqa",
+    set: Overrides = None,
+) -> None:
+    """A small Owl learns easy-VQA on two cores: test accuracy beside what one can answer without looking."""
+    from jobs.easy_vqa import run
+    from jobs.session import ray_session
+
+    with ray_session(cpus=4):
+        print(json.dumps(run(data, folder.absolute(), recipe_of(recipe, set))))

@@ -25,7 +25,7 @@ from pipelines import page, storage
 from pipelines.curation.curate import curate
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.metrics import exact_match
-from pipelines.evaluation.report import HEAD, score_rows, score_table
+from pipelines.evaluation.report import score_head, score_rows, score_table
 from pipelines.progress import progress
 from pipelines.serving import serve
 from pipelines.settings import OwlError
@@ -145,7 +145,7 @@ def train_stage(root: Path, stage: str, settings: Stage, start: str, parts: list
 
 
 def show_scores(results: dict) -> None:
-    table = Table(*HEAD, box=None)
+    table = Table(*score_head(results["scores"]), box=None)
     for row in score_rows(results["scores"]):
         table.add_row(*row)
     console.print(table)

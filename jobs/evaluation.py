@@ -68,10 +68,10 @@ def show_losses(results: dict, out: str) -> None:
 
 
 def show_results(results: dict, out: str) -> None:
-    from pipelines.evaluation.report import HEAD, score_rows
+    from pipelines.evaluation.report import score_head, score_rows
 
     if results["scores"].get("picture"):
-        table = Table(*HEAD, box=None)
+        table = Table(*score_head(results["scores"]), box=None)
         for row in score_rows(results["scores"]):
             table.add_row(*row)
         Console().print(table)

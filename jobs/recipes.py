@@ -133,6 +133,28 @@ def demo_small() -> Recipe:
     )
 
 
+def easy_vqa() -> Recipe:
+    """easy-VQA's 4,000 drawings of 64 px, two answers of colour and shape in each: finer patches than the demo's."""
+    full = demo()
+    encoder = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return full.model_copy(
+        update={
+            "about": "owl bench easy-vqa --data … --dir … · 2 CPU cores, 4 GB · 15 minutes · to be measured",
+            "parts": full.parts.model_copy(
+                update={
+                    "vision": {**encoder, "image_size": 64, "patch_size": 16},
+                    "abstractor": {**encoder, "num_hidden_layers": 1, "num_queries": 8},
+                }
+            ),
+            "curation": Curation(limits=Limits(min_side=32, min_words=1), deduplication=None),
+            "language": full.language.model_copy(update={"steps": 300}),
+            "stage1": full.stage1.model_copy(update={"steps": 2000}),
+            "stage2": full.stage2.model_copy(update={"steps": 1500}),
+            "evaluation": Evaluation(batch_size=128),
+        }
+    )
+
+
 def real_small() -> Recipe:
     """Real photographs and real pretrained towers, small enough for a laptop: MobileNetV2 (49 visual features), a
     LLaMA of 260,000 parameters, and the 900 photographs of a Flickr8k cut."""
@@ -188,6 +210,7 @@ def of_paper(name: str, size: str) -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "demo_small": demo_small,
+    "easy_vqa": easy_vqa,
     "real_small": real_small,
     **{f"{name}{size}": partial(of_paper, name, size) for name in papers.PAPERS for size in papers.SIZES},
 }

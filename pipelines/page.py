@@ -23,12 +23,14 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 64px }
 h1 { font-size: 28px; margin: 0 0 4px } h2 { font-size: 18px; margin: 0 0 12px } p { margin: 0 0 12px }
 .lead, figcaption, small { color: var(--soft) }
+.bar + p { margin-top: 12px } section > :last-child { margin-bottom: 0 }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 20px; margin: 18px 0 }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600 } td.n, th.n { text-align: right }
-.numbers { display: flex; flex-wrap: wrap; gap: 28px } .numbers b { display: block; font-size: 26px }
+.numbers { display: flex; flex-wrap: wrap; gap: 28px; margin-bottom: 12px }
+.numbers b { display: block; font-size: 26px }
 .bar { display: grid; grid-template-columns: 170px 1fr 90px; gap: 12px; align-items: center; margin: 5px 0 }
 .bar i { display: block; height: 14px; min-width: 2px; border-radius: 4px; background: var(--a) }
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums }
@@ -74,11 +76,14 @@ def numbers(values: dict[str, str]) -> Markup:
     return Markup("<div class=numbers>{}</div>").format(Markup("").join(items))
 
 
-def bars(rows: Sequence[tuple[str, float, str]], most: float = 0) -> Markup:
-    """(name, size, text) rows as horizontal bars on one scale, up to ``most`` or the longest."""
+def bars(rows: Sequence[tuple[str, float, str]], most: float = 0, marked: str = "") -> Markup:
+    """(name, size, text) rows as horizontal bars on one scale, up to ``most`` or the longest; the one named ``marked``
+    in another colour."""
     most = max([most, *(size for _, size, _ in rows)]) or 1
-    row = Markup('<div class=bar><span>{}</span><i style="width:{:.2f}%"></i><span>{}</span></div>')
-    return Markup("").join(row.format(name, 100 * size / most, text) for name, size, text in rows)
+    row = Markup('<div class=bar><span>{}</span><i style="width:{:.2f}%{}"></i><span>{}</span></div>')
+    colours = [Markup(";background:var(--b)") if name == marked else "" for name, _, _ in rows]
+    drawn = zip(rows, colours, strict=True)
+    return Markup("").join(row.format(name, 100 * size / most, colour, text) for (name, size, text), colour in drawn)
 
 
 def histogram(title: str, values: Sequence[float], lines: dict[str, float], bins: int = 24) -> Markup:

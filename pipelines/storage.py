@@ -107,6 +107,11 @@ def sweep(folder: str) -> None:
             left.unlink(missing_ok=True)
 
 
+def read_bytes(path: str) -> bytes:
+    with open_read(path) as file:
+        return file.read()
+
+
 def read_json(path: str) -> Any:
     with open_read(path) as file:
         return json.load(file)

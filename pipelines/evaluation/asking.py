@@ -78,7 +78,7 @@ class Answerer:
     def reply(self, turns: list[dict], spoken: list[list[dict]], pictures: list[list[str]]) -> list[dict[str, Any]]:
         from owl_model.answering import answer, choice_log_likelihoods
 
-        images = [[read(path) for path in paths] for paths in pictures]
+        images = [[storage.read_bytes(path) for path in paths] for paths in pictures]
         sizes = [len(self.processor.encode(said, prompt=True).ids) for said in spoken]
         if self.options.get("answers") == "likelihood":
             choices = [turn["choices"] for turn in turns]
@@ -93,11 +93,6 @@ class Answerer:
             {"answer": text, "answer_tokens": count, "prompt_tokens": size, "log_likelihoods": values, "error": None}
             for text, count, size, values in zip(texts, tokens, sizes, likely, strict=True)
         ]
-
-
-def read(path: str) -> bytes:
-    with storage.open_read(path) as file:
-        return file.read()
 
 
 def written(messages: list[dict]) -> str:

@@ -116,12 +116,7 @@ def cut(items: list, size: int) -> list[list]:
 @ray.remote(num_cpus=1)
 def marks_of(pictures: list[str | bytes]) -> list[tuple[str, str, bytes]]:
     """sha256, perceptual hash and thumbnail of each picture."""
-    return [marks(data if isinstance(data, bytes) else read(data)) for data in pictures]
-
-
-def read(path: str) -> bytes:
-    with storage.open_read(path) as file:
-        return file.read()
+    return [marks(data if isinstance(data, bytes) else storage.read_bytes(data)) for data in pictures]
 
 
 def marks(data: bytes) -> tuple[str, str, bytes]:

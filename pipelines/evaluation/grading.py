@@ -92,8 +92,7 @@ async def ask(
 
 def uri(path: str) -> str:
     kind = mimetypes.guess_type(path)[0] or "image/jpeg"
-    with storage.open_read(path) as file:
-        return f"data:{kind};base64,{base64.b64encode(file.read()).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(storage.read_bytes(path)).decode()}"
 
 
 def shares(grades: Iterable[str]) -> dict[str, float]:

@@ -12,22 +12,22 @@ from pipelines.evaluation.benchmarks.base import Benchmark
 from pipelines.page import bars, code, figure, numbers, page, paragraph, pictures, radar, section, table
 
 SHOWN = 24
-HEAD = ("type", "questions", "right picture", "95 % interval", "another picture", "no picture")
+CONTROLS = {"wrong picture": "another picture", "no picture": "no picture"}
 MOST_ON_RADAR = 16
 
 
 def write_report(path: str, benchmark: Benchmark, results: dict, rows: list[dict]) -> None:
     asked = [row for row in rows if row["condition"] == "picture"]
     parts = [section("Overall", numbers(at_a_glance(results)), paragraph(benchmark.about))]
-    if results["headline"] and benchmark.published:
+    if results["graded"] == results["questions"] and benchmark.published:
         parts.append(section("Beside published figures", beside_published(benchmark, results)))
     if results["scores"].get("picture"):
         parts.append(section("By type of question", score_table(results["scores"])))
     if 3 <= len(abilities := abilities_of(benchmark, results)) <= MOST_ON_RADAR:
         parts.append(section("By ability", radar({results["model"]: abilities})))
-    if results["metrics"]:
-        parts.append(section("All metrics", table(("metric", "value"), flat(results["metrics"]))))
     parts.append(section("Answers", pictures(examples(asked))))
+    if results["metrics"]:
+        parts.append(section("All metrics", *metric_tables(results["metrics"])))
     failures = [(row["id"], row["error"]) for row in asked if row["error"] is not None]
     if failures:
         parts.append(section("Failed", table(("question", "error"), failures[:SHOWN], numeric=2)))
@@ -48,9 +48,10 @@ def at_a_glance(results: dict) -> dict[str, str]:
 
 def beside_published(benchmark: Benchmark, results: dict) -> Markup:
     found = results["headline"]
-    rows = [*benchmark.published.items(), (f"→ {results['model']}", found["value"])]
+    ours = storage.name_of(results["model"])
+    rows = [*benchmark.published.items(), (ours, found["value"])]
     drawn = [(name, value, f"{value:.4g}") for name, value in sorted(rows, key=lambda row: -row[1])]
-    return bars(drawn, benchmark.most) + paragraph(
+    return bars(drawn, benchmark.most, ours) + paragraph(
         f"{found['name']}; the figures of others are as they or the benchmark's authors report them; their prompts, "
         "splits and judges may differ from ours."
     )
@@ -64,27 +65,39 @@ def abilities_of(benchmark: Benchmark, results: dict) -> dict[str, float]:
     return {name: entry["accuracy"] for name, entry in by_type.items() if not name.startswith("all")}
 
 
-def flat(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{name} · ")
-        elif isinstance(value, list):
-            rows.append((f"{prefix}{name}", ", ".join(f"{one:.4g}" for one in value)))
-        else:
-            rows.append((f"{prefix}{name}", f"{value:,.4f}" if isinstance(value, float) else str(value)))
-    return rows
+def metric_tables(metrics: dict[str, Any]) -> list[Markup]:
+    """Single figures in one table; those that belong together, such as a task's or an ability's, in one each."""
+    single = [(name, told(value)) for name, value in metrics.items() if not isinstance(value, dict)]
+    made = [table(("", "value"), single)] if single else []
+    for name, group in metrics.items():
+        if isinstance(group, dict):
+            rows = group if all(isinstance(value, dict) for value in group.values()) else {name: group}
+            columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+            body = [(kind, *(told(row.get(column)) for column in columns)) for kind, row in rows.items()]
+            made.append(table((name, *columns), body))
+    return made
+
+
+def told(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(told, value))
+    return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def score_table(scores: dict) -> Markup:
-    return table(HEAD, score_rows(scores))
+    return table(score_head(scores), score_rows(scores))
+
+
+def score_head(scores: dict) -> tuple[str, ...]:
+    controls = [title for name, title in CONTROLS.items() if name in scores]
+    return ("type", "questions", "right picture" if controls else "score", "95 % interval", *controls)
 
 
 def score_rows(scores: dict) -> list[tuple[str, ...]]:
-    """Types down, conditions across; an interval of 95 % beside the mean score."""
+    """Types down, conditions across as far as they were run; an interval of 95 % beside the mean score."""
     rows = []
     for kind, entry in scores["picture"].items():
-        controls = [scores.get(name, {}).get(kind) for name in ("wrong picture", "no picture")]
+        controls = [scores[name].get(kind) for name in CONTROLS if name in scores]
         cells = [f"{control['accuracy']:.1%}" if control else "–" for control in controls]
         interval = f"{entry['low']:.1%} – {entry['high']:.1%}"
         rows.append((kind.replace("_", " "), f"{entry['n']:,}", f"{entry['accuracy']:.1%}", interval, *cells))
@@ -106,7 +119,8 @@ def spread(rows: list[Any], count: int) -> list[Any]:
 
 def answered(row: dict) -> Markup:
     kind = "" if row["score"] is None else "right" if row["score"] else "wrong"
-    caption = Markup('{}<br><span class="{}">{}</span>').format(row["prompt"], kind, row["answer"] or row["error"])
+    words = row["prompt"].replace("<image>", "").strip()
+    caption = Markup('{}<br><span class="{}">{}</span>').format(words, kind, row["answer"] or row["error"])
     if kind == "wrong" and (expected := expected_of(row["facts"])):
         caption += Markup("<br>expected: {}").format(expected)
     return figure([read_picture(path) for path in row["pictures"]], caption)
@@ -123,10 +137,7 @@ def expected_of(facts: dict) -> str:
 
 def read_picture(path: str) -> bytes | None:
     """None where it is no longer there: a page outlives its pictures."""
-    if not storage.exists(path):
-        return None
-    with storage.open_read(path) as file:
-        return file.read()
+    return storage.read_bytes(path) if storage.exists(path) else None
 
 
 def trace(results: dict, asked: list[dict]) -> str:

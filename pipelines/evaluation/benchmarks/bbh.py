@@ -15,8 +15,7 @@ def read(folder: str) -> list[Question]:
 
 def read_task(folder: str, path: str) -> list[Question]:
     task = storage.name_of(path).removesuffix(".json")
-    with storage.open_read(f"{folder}/cot-prompts/{task}.txt") as file:
-        before = file.read().decode().partition("-----\n")[2]
+    before = storage.read_bytes(f"{folder}/cot-prompts/{task}.txt").decode().partition("-----\n")[2]
     return [
         Question(
             f"{task}-{number}",

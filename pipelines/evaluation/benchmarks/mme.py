@@ -42,8 +42,7 @@ def read_task(folder: str, task: str) -> list[Question]:
         name = storage.name_of(path).removesuffix(".txt")
         if name not in pictures:
             raise OwlError(f"{path} has no picture beside it in {shown}")
-        with storage.open_read(path) as file:
-            lines = [line.split("\t") for line in file.read().decode().splitlines() if line.strip()]
+        lines = [line.split("\t") for line in storage.read_bytes(path).decode().splitlines() if line.strip()]
         for number, (text, answer) in enumerate(lines):
             facts = {"category": task, "image": name, "question": text, "answer": answer.strip()}
             prompt = f"{text.replace(ASKED, '').strip()}\n{WORD}"
