@@ -87,17 +87,28 @@ def write_raw(folder: Path, source: str, most: int | None = None) -> None:
     random.Random(0).shuffle(asked)
     captions = [(picture, {"captions": [caption_of(qas)]}) for picture, qas in samples]
     told = [(picture, conversation(qa, picture=True)) for picture, qa in asked[:most]]
-    words = [(None, conversation(qa, picture=False)) for _, qa in asked[:most]]
+    named = [{"question": "what is it?", "answer": caption_of(qas)} for _, qas in samples]
+    words = [(None, conversation(qa, picture=False)) for qa in [qa for _, qa in asked[:most]] + named]
     rows: list[Sequence[tuple[bytes | None, dict]]] = [captions, told, words]
     for part, some in zip(PARTS, rows, strict=True):
         write_tars(folder / part, some)
     (folder / "written.json").write_text("{}")
 
 
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+
 def caption_of(asked: list[dict]) -> str:
-    """What the questions tell of a picture, its colour and its shape, as far as they were asked."""
-    answers = [qa["answer"] for qa in asked if qa["answer"] not in ("yes", "no")]
-    return " ".join(dict.fromkeys(sorted(answers))) or "shape"
+    """What the answers tell of a picture: its colour and its shape, as far as they do ("blue rectangle")."""
+    known = [qa["answer"] for qa in asked if qa["answer"] not in ("yes", "no")]
+    for qa in asked:
+        words = qa["question"].rstrip("?").split()
+        denied = "no" in words or "not" in words
+        if qa["answer"] in ("yes", "no") and (qa["answer"] == "yes") != denied:
+            known += words
+    colour, shape = (next((word for word in words if word in known), "") for words in (COLOURS, SHAPES))
+    return f"{colour} {shape or 'shape'}".strip()
 
 
 def conversation(qa: dict, picture: bool) -> dict:

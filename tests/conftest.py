@@ -14,7 +14,19 @@ prepare_environment()
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback, and nobody types a token in a test
 
 import ray  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from jobs.parts import assemble, write_tiny_language_model  # noqa: E402
 from jobs.recipes import Recipe, demo_small  # noqa: E402
@@ -100,6 +112,44 @@ def model_folder(tmp_path_factory, recipe) -> str:
     write_tiny_language_model([words], f"{folder}/language")
     assemble(recipe.parts.model_copy(update={"language_model": f"{folder}/language"}), f"{folder}/owl")
     return f"{folder}/owl"
+
+
+@pytest.fixture(scope="session")
+def scorers(tmp_path_factory) -> dict[str, str]:
+    """Untrained scorers of pictures: a CLIP, a head on its embeddings, and a classifier."""
+    folder = tmp_path_factory.mktemp("scorers")
+    torch.manual_seed(0)
+    text = "a the circle square triangle star cross ring red green blue yellow large small left right top bottom"
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *text.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
+    )
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config={**size, "vocab_size": len(vocabulary), "max_position_embeddings": 32, "eos_token_id": 1},
+            vision_config={**size, "image_size": 32, "patch_size": 8},
+            projection_dim=16,
+        )
+    )
+    clip.save_pretrained(folder / "clip")
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, fast).save_pretrained(folder / "clip")
+    head = {
+        "layers.0.weight": torch.randn(8, 16),
+        "layers.0.bias": torch.zeros(8),
+        "layers.2.weight": torch.randn(1, 8),
+        "layers.2.bias": torch.ones(1),
+    }
+    save_file(head, folder / "head.safetensors")
+    torch.save(head, folder / "head.pth")
+    config = ViTConfig(**size, image_size=32, patch_size=8, id2label={0: "clean", 1: "Watermark"})
+    ViTForImageClassification(config).save_pretrained(folder / "marks")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "marks")
+    return {"clip": f"{folder}/clip", "head": f"{folder}/head.safetensors", "marks": f"{folder}/marks"}
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from official import WRITERS, png, table
-from transformers import LlamaForCausalLM
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor, LlamaForCausalLM
 
 from jobs.parts import assemble
 from jobs.recipes import Parts
@@ -243,3 +244,28 @@ def test_what_no_rule_can_score_waits_for_grades(cluster, model_folder, tmp_path
     assert [row["score"] for row in rows] == [None, None, None]
     assert rows[2]["prompt"].startswith("user: <image> And this?\nassistant:")
     assert len(rows[2]["pictures"]) == 1
+
+
+def test_captions_get_the_clipscore_of_a_given_clip(cluster, model_folder, scorers, tmp_path):
+    """Held to transformers' CLIPModel on one caption at a time (Hessel et al. 2021, equations 1 and 2)."""
+    WRITERS["coco_caption"](tmp_path / "data")
+    settings = QUICK.model_copy(update={"clip": scorers["clip"]})
+    found = evaluate(model_folder, "coco_caption", f"{tmp_path}/data", f"{tmp_path}/out", settings)
+    model, processor = CLIPModel.from_pretrained(scorers["clip"]), CLIPProcessor.from_pretrained(scorers["clip"])
+    expected, with_references = [], []
+    for row in pq.read_table(tmp_path / "out/answers.parquet").to_pylist():
+        texts = [f"A photo depicts {text}" for text in (row["answer"], *json.loads(row["facts"])["references"])]
+        image = Image.open(row["pictures"][0]).convert("RGB")
+        with torch.no_grad():
+            out = model(**processor(text=texts, images=image, return_tensors="pt", padding=True))
+        score = 2.5 * max(0.0, float(out.text_embeds[0] @ out.image_embeds[0]))
+        best = max(0.0, float((out.text_embeds[1:] @ out.text_embeds[0]).max()))
+        expected.append(score)
+        with_references.append(2 * score * best / max(score + best, 1e-12))
+    assert found["metrics"]["CLIPScore"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert found["metrics"]["RefCLIPScore"] == pytest.approx(np.mean(with_references), abs=1e-4)
+    assert found["metrics"]["tokenizer"] == "PTB"
+    with pytest.raises(OwlError, match="no CLIP folder at"):
+        evaluate(
+            model_folder, "coco_caption", f"{tmp_path}/data", f"{tmp_path}/no", QUICK.model_copy(update={"clip": "x"})
+        )

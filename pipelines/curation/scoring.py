@@ -86,7 +86,9 @@ class Scorer:
 
         self.output, self.settings, self.counter = output, Scoring(**settings), counter
         self.device = torch.device("cuda" if self.settings.gpus_per_worker else "cpu")
-        self.clip = Clip(self.settings, self.device) if self.settings.image_text else None
+        self.clip = (
+            Clip(self.settings.image_text, self.settings.aesthetic, self.device) if self.settings.image_text else None
+        )
         self.classifiers = {
             name: Classifier(getattr(self.settings, name), getattr(self.settings, f"{name}_label"), self.device)
             for name in ("unsafe", "watermark")
@@ -122,13 +124,25 @@ class Scorer:
 
 
 class Clip:
-    def __init__(self, settings: Scoring, device: torch.device):
+    """A given CLIP, and a head on its picture embeddings where one is given."""
+
+    def __init__(self, folder: str, head: str, device: torch.device):
         from transformers import AutoModel, AutoProcessor
 
         self.device = device
-        self.model = AutoModel.from_pretrained(settings.image_text).eval().to(device)
-        self.processor = AutoProcessor.from_pretrained(settings.image_text)
-        self.layers = [(weight.to(device), bias.to(device)) for weight, bias in linear_layers(settings.aesthetic)]
+        self.model = AutoModel.from_pretrained(folder).eval().to(device)
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.layers = [(weight.to(device), bias.to(device)) for weight, bias in linear_layers(head)]
+
+    def see(self, images: list) -> torch.Tensor:
+        """[N, D] of length 1."""
+        inputs = self.processor(images=images, return_tensors="pt").to(self.device)
+        return unit(self.model.get_image_features(**inputs))
+
+    def read(self, texts: list[str]) -> torch.Tensor:
+        """[N, D] of length 1."""
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+        return unit(self.model.get_text_features(**inputs.to(self.device)))
 
     def __call__(self, images: list, captions: list[list[str]]) -> list[dict[str, Any]]:
         """{"embedding", "image_text", "aesthetic"} of each picture; of several captions, the best one counts."""
@@ -136,12 +150,10 @@ class Clip:
 
         texts = [caption for each in captions for caption in each]
         with torch.inference_mode():
-            inputs = self.processor(images=images, return_tensors="pt").to(self.device)
-            seen = unit(self.model.get_image_features(**inputs))
+            seen = self.see(images)
             cosines = seen.new_zeros(0)
             if texts:
-                inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
-                told = unit(self.model.get_text_features(**inputs.to(self.device)))
+                told = self.read(texts)
                 owner = torch.tensor([index for index, each in enumerate(captions) for _ in each], device=self.device)
                 cosines = (told * seen[owner]).sum(-1)
             pleasing = seen

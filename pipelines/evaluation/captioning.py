@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import ray
 
+from owl_model.images import decode, open_header
+from pipelines import storage
 from pipelines.settings import OwlError
 
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
@@ -106,6 +109,39 @@ def clip_scores(images: np.ndarray, captions: np.ndarray, references: Sequence[n
         best = np.array([max(0.0, float((people @ caption).max())) for caption, people in pairs])
         made["RefCLIPScore"] = (2 * scores * best / np.maximum(scores + best, 1e-12)).tolist()
     return made
+
+
+CLIP_BATCH = 64
+
+
+def with_clip_scores(rows: list[dict], folder: str) -> list[dict]:
+    """Answers to captioning questions with their CLIPScore and RefCLIPScore among the facts, by the CLIP in ``folder``.
+    Raises OwlError where there are no references, or no CLIP."""
+    if any("references" not in row["facts"] for row in rows):
+        raise OwlError("clip goes with captioning benchmarks, which have references")
+    if not storage.exists(f"{folder}/config.json"):
+        raise OwlError(f"no CLIP folder at {folder!r}: it has no config.json")
+    parts = [rows[start : start + CLIP_BATCH] for start in range(0, len(rows), CLIP_BATCH)]
+    return [row for part in ray.get([clip_part.remote(part, folder) for part in parts]) for row in part]
+
+
+@ray.remote(num_cpus=1)
+def clip_part(rows: list[dict], folder: str) -> list[dict]:
+    import torch
+
+    from pipelines.curation.scoring import Clip
+
+    clip = Clip(folder, "", torch.device("cpu"))
+    with torch.inference_mode():
+        pictures = [decode(open_header(storage.read_bytes(row["pictures"][0]))) for row in rows]
+        images = clip.see(pictures).numpy()
+        captions = clip.read([f"A photo depicts {row['answer']}" for row in rows]).numpy()
+        references = [
+            clip.read([f"A photo depicts {text}" for text in row["facts"]["references"]]).numpy() for row in rows
+        ]
+    made = clip_scores(images, captions, references)
+    facts = [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+    return [{**row, "facts": {**row["facts"], **new}} for row, new in zip(rows, facts, strict=True)]
 
 
 def kendall_tau(scores: Sequence[float], ratings: Sequence[Sequence[float]]) -> float:

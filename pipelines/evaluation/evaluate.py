@@ -21,6 +21,7 @@ from pipelines.evaluation import results
 from pipelines.evaluation.asking import Answerer
 from pipelines.evaluation.benchmarks import named
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.captioning import with_clip_scores
 from pipelines.evaluation.report import write_report
 from pipelines.progress import progress
 from pipelines.settings import OwlError, Settings, differences
@@ -45,6 +46,8 @@ class Evaluation(Settings):
     """GPUs of a replica."""
     controls: bool = False
     """Whether the two controls are run too."""
+    clip: str = ""
+    """Folder of a CLIP, by which captions also get a CLIPScore."""
     limit: int = 0
     """Questions that are asked, spread over all; 0 asks all. A part's figures compare with nobody's."""
 
@@ -76,6 +79,8 @@ def evaluate(model: str, benchmark: str, data: str, output: str, settings: Evalu
     if todo:
         ask(model, todo, output, settings, traced, sum(len(batch["items"]) for batch in batches))
     rows = read_answers(output, batches, questions)
+    if settings.clip:
+        rows = with_clip_scores(rows, settings.clip)
     return conclude(chosen, rows, traced, output)
 
 

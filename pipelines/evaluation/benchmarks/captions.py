@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, ask, read_json
 from pipelines.evaluation.captioning import caption_scores
+from pipelines.evaluation.metrics import mean
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -45,7 +46,9 @@ def corpus(rows: list[dict]) -> dict:
 
 
 def of_all(rows: list[dict]) -> dict:
-    return caption_scores([said(row) for row in rows], [row["references"] for row in rows])[0]
+    found = caption_scores([said(row) for row in rows], [row["references"] for row in rows])[0]
+    clip = [name for name in ("CLIPScore", "RefCLIPScore") if name in rows[0]]
+    return {**{name: mean([row[name] for row in rows]) for name in clip}, **found}
 
 
 def caption_benchmark(name: str, about: str, source: str, layout: str, read, published: Mapping[str, float] = {}):
