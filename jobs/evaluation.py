@@ -22,9 +22,10 @@ Data = Annotated[str, typer.Option("--data", help="The benchmark's files: a fold
 def run(
     model: Annotated[str, typer.Argument(help="A model folder. Not needed with --decontaminate.")] = "",
     benchmark: Annotated[
-        str, typer.Option("--benchmark", help="`owl eval benchmarks` lists them; or caption_loss.")
+        str,
+        typer.Option("--benchmark", help="A name, several with commas, `all`, or caption_loss."),
     ] = "",
-    data: Annotated[str, typer.Option("--data", help="The benchmark's files; raw shards for caption_loss.")] = "",
+    data: Annotated[str, typer.Option("--data", help="Its files; of several, folders by their names.")] = "",
     out: Annotated[str, typer.Option("--out", help="Folder for answers, results and the report.")] = "",
     decontaminate: Annotated[
         str,
@@ -47,18 +48,22 @@ def run(
     if not out:
         raise OwlError("name --out, a folder for the results")
     from pipelines.evaluation.caption_loss import compare_losses
-    from pipelines.evaluation.evaluate import evaluate
+    from pipelines.evaluation.evaluate import evaluate, evaluate_several
 
     settings = recipe_of(recipe, set, "evaluation").evaluation
     with ray_session():
         if benchmark == "caption_loss":
-            results = compare_losses(model, [data], out, settings)
+            losses = compare_losses(model, [data], out, settings)
+            finish(losses, as_json, lambda: show_losses(losses))
+        elif benchmark == "all" or "," in benchmark:
+            table = evaluate_several(model, benchmark, data, out, settings)
+            finish(table, as_json, lambda: show_table(table, out))
         else:
             results = evaluate(model, benchmark, data, out, settings)
-    finish(results, as_json, lambda: (show_losses if benchmark == "caption_loss" else show_results)(results, out))
+            finish(results, as_json, lambda: show_results(results, out))
 
 
-def show_losses(results: dict, out: str) -> None:
+def show_losses(results: dict) -> None:
     low, high = results["interval"]
     Console().print(
         f"loss per token with the right picture {results['right']:.4f}, with a wrong one {results['wrong']:.4f}; "
@@ -67,7 +72,16 @@ def show_losses(results: dict, out: str) -> None:
     )
 
 
+def show_table(found: dict, out: str) -> None:
+    table = Table(*found["head"], box=None)
+    for row in found["rows"]:
+        table.add_row(*row)
+    Console().print(table)
+    console.print(f"Table: {out}/table.html · each benchmark's own report: {out}/NAME/report.html")
+
+
 def show_results(results: dict, out: str) -> None:
+    from pipelines import storage
     from pipelines.evaluation.report import score_head, score_rows
 
     if results["scores"].get("picture"):
@@ -80,7 +94,10 @@ def show_results(results: dict, out: str) -> None:
         console.print(f"{results['failed']} questions failed; the report tells why")
     if waiting := results["questions"] - results["graded"]:
         console.print(f"{waiting} answers wait for grades: owl eval judge {out} --url …, or owl eval rate {out}")
-    console.print(f"Report: {out}/report.html")
+    speed = storage.read_json(f"{out}/run.json")
+    console.print(
+        f"{speed['answers']:,} answers at {speed['answers_per_second']:.3g} a second. Report: {out}/report.html"
+    )
 
 
 def show_headline(results: dict) -> None:

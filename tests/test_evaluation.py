@@ -24,7 +24,7 @@ from jobs.parts import assemble
 from jobs.recipes import Parts
 from owl_model.answering import choice_log_likelihoods, load
 from pipelines.evaluation.benchmarks import BENCHMARKS, picture_world
-from pipelines.evaluation.evaluate import Evaluation, evaluate, read_questions, shown
+from pipelines.evaluation.evaluate import Evaluation, evaluate, evaluate_several, read_questions, shown
 from pipelines.evaluation.results import compare
 from pipelines.settings import OwlError
 
@@ -269,3 +269,18 @@ def test_captions_get_the_clipscore_of_a_given_clip(cluster, model_folder, score
         evaluate(
             model_folder, "coco_caption", f"{tmp_path}/data", f"{tmp_path}/no", QUICK.model_copy(update={"clip": "x"})
         )
+
+
+def test_several_benchmarks_end_in_a_table_like_the_papers(cluster, model_folder, tmp_path):
+    for name in ("gqa", "vqav2"):
+        WRITERS[name](tmp_path / "data" / name)
+    (tmp_path / "data/notes").mkdir()
+    found = evaluate_several(model_folder, "all", f"{tmp_path}/data", f"{tmp_path}/out", QUICK)
+    assert found["head"] == ["", "gqa", "vqav2"]
+    rows = {row[0]: row[1:] for row in found["rows"]}
+    assert rows["mPLUG-Owl2"] == ["56.1", "79.4"]
+    assert rows["BLIP-2"] == ["–", "65"]
+    assert rows["owl"] == ["0", "0"]
+    assert 'href="gqa/report.html"' in (tmp_path / "out/table.html").read_text()
+    with pytest.raises(OwlError, match="no folder in"):
+        evaluate_several(model_folder, "all", f"{tmp_path}/out/none", f"{tmp_path}/out", QUICK)

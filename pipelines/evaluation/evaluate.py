@@ -19,10 +19,10 @@ import ray.data
 from pipelines import storage
 from pipelines.evaluation import results
 from pipelines.evaluation.asking import Answerer
-from pipelines.evaluation.benchmarks import named
+from pipelines.evaluation.benchmarks import BENCHMARKS, named
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.captioning import with_clip_scores
-from pipelines.evaluation.report import write_report
+from pipelines.evaluation.report import table_of, write_report, write_table
 from pipelines.progress import progress
 from pipelines.settings import OwlError, Settings, differences
 
@@ -82,6 +82,25 @@ def evaluate(model: str, benchmark: str, data: str, output: str, settings: Evalu
     if settings.clip:
         rows = with_clip_scores(rows, settings.clip)
     return conclude(chosen, rows, traced, output)
+
+
+def evaluate_several(model: str, names: str, data: str, output: str, settings: Evaluation) -> dict[str, Any]:
+    """Benchmarks one after another, by name with commas between, or "all" whose files are below ``data``, each in a
+    folder of its name. Returns the table as papers show it, {"head", "rows"}: systems down, benchmarks across.
+
+    Raises OwlError for a name that is none, or where there is nothing to ask.
+    """
+    there = [storage.name_of(path) for path in storage.folders(data)]
+    wanted = [name for name in BENCHMARKS if name in there] if names == "all" else names.split(",")
+    if not wanted:
+        raise OwlError(f"no folder in {data} has a benchmark's name; `owl eval benchmarks` lists them")
+    for name in wanted:
+        read_questions(named(name), f"{data}/{name}")  # what is missing is told before anything is asked
+    found = {name: evaluate(model, name, f"{data}/{name}", f"{output}/{name}", settings) for name in wanted}
+    table = table_of(found, storage.name_of(model))
+    storage.write_json(f"{output}/table.json", table)
+    write_table(f"{output}/table.html", model, table)
+    return table
 
 
 def conclude(benchmark: Benchmark, rows: list[dict], traced: dict, output: str) -> dict:

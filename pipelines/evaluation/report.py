@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipelines import storage
+from pipelines.evaluation.benchmarks import named
 from pipelines.evaluation.benchmarks.base import Benchmark
 from pipelines.page import bars, code, figure, numbers, page, paragraph, pictures, radar, section, table
 
@@ -143,6 +144,33 @@ def read_picture(path: str) -> bytes | None:
 def trace(results: dict, asked: list[dict]) -> str:
     lines = [f"{name}: {results[name]}" for name in ("benchmark", "model", "model_sha256", "split_sha256", "decoding")]
     return "\n".join([*lines, "", "The first prompt:", asked[0]["prompt"] if asked else ""])
+
+
+def table_of(found: dict[str, dict], ours: str) -> dict[str, Any]:
+    """Benchmark → results, as a table: this model first, then every system of which there is a published figure."""
+    published = {name: named(name).published for name in found}
+    systems = list(dict.fromkeys(plain_name(system) for row in published.values() for system in row))
+    rows = [[ours, *(figure_of(results["headline"]) for results in found.values())]]
+    for system in systems:
+        cells = [{plain_name(name): told(value) for name, value in row.items()} for row in published.values()]
+        rows.append([system, *(cell.get(system, "–") for cell in cells)])
+    return {"head": ["", *found], "rows": rows}
+
+
+def plain_name(system: str) -> str:
+    """Without what is said of its split."""
+    return system.partition(" (")[0]
+
+
+def figure_of(headline: dict | None) -> str:
+    return "ungraded" if headline is None else f"{headline['value']:.4g}"
+
+
+def write_table(path: str, model: str, found: dict[str, Any]) -> None:
+    note = "Of this model the figures with their intervals are in each benchmark's own report; others are as published."
+    links = [Markup('<a href="{0}/report.html">{0}</a>').format(name) for name in found["head"][1:]]
+    drawn = table(["", *links], found["rows"])
+    storage.write_text(path, page("Evaluation", model, section("Benchmarks", drawn, paragraph(note))))
 
 
 def write_comparison(path: str, found: dict, pairs: list[tuple[dict, dict]]) -> None:

@@ -75,7 +75,9 @@ def work(config: dict[str, Any]) -> None:
     for batches in feed.batches(step, settings.steps):
         diary.clock.spend("wait", asked)
         rate = schedule(step, settings.steps, settings.optimization.warmup)
-        logged = (step + 1) % settings.log_every == 0 or step + 1 == settings.steps
+        # A checkpoint holds the entries, and so the counts, of all steps before it.
+        entries = (settings.log_every, settings.checkpoint_every, settings.steps)
+        logged = any((step + 1) % every == 0 for every in entries)
         modules = stages.parts_of(owl) if logged else None
         metrics = train_step(
             model, batches, optimizers, settings.optimization, rate, precision, len(settings.data), modules
