@@ -3,6 +3,7 @@ to W&B or MLflow where asked for."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections import Counter
@@ -119,7 +120,8 @@ class Wandb:
     def __init__(self, run: str):
         import wandb
 
-        self.run = wandb.init(project="owl", name=storage.name_of(run), id=storage.name_of(run), resume="allow")
+        known = hashlib.sha256(run.encode()).hexdigest()[:16]  # by the whole path: many runs end in "stage1"
+        self.run = wandb.init(project="owl", name=storage.name_of(run), id=known, resume="allow")
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -133,7 +135,12 @@ class Mlflow:
         import mlflow
 
         self.mlflow = mlflow
-        mlflow.start_run(run_name=storage.name_of(run))
+        wanted = f"tags.`owl.run` = '{run}'"
+        before = mlflow.search_runs(filter_string=wanted, max_results=1, output_format="list")
+        if before:
+            mlflow.start_run(run_id=before[0].info.run_id)
+        else:
+            mlflow.start_run(run_name=storage.name_of(run), tags={"owl.run": run})
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.mlflow.log_metrics(values, step=step)
