@@ -14,7 +14,8 @@ from official import WRITERS
 from pipelines.evaluation import captioning
 from pipelines.evaluation.benchmarks import BENCHMARKS, named
 from pipelines.evaluation.benchmarks.owleval import by_ability
-from pipelines.evaluation.evaluate import conversations, read_questions, sample, shown, split_hash
+from pipelines.evaluation.evaluate import read_questions, split_hash
+from pipelines.evaluation.plan import conversations, sample, shown
 from pipelines.evaluation.results import score_predictions
 from pipelines.settings import OwlError, SettingError
 

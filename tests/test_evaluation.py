@@ -24,7 +24,8 @@ from jobs.parts import assemble
 from jobs.recipes import Parts
 from owl_model.answering import choice_log_likelihoods, load
 from pipelines.evaluation.benchmarks import BENCHMARKS, picture_world
-from pipelines.evaluation.evaluate import Evaluation, evaluate, evaluate_several, read_questions, shown
+from pipelines.evaluation.evaluate import Evaluation, evaluate, evaluate_several, read_questions
+from pipelines.evaluation.plan import shown
 from pipelines.evaluation.results import compare
 from pipelines.settings import OwlError
 

@@ -22,11 +22,10 @@ from pipelines.evaluation.asking import Answerer
 from pipelines.evaluation.benchmarks import BENCHMARKS, named
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.captioning import with_clip_scores
+from pipelines.evaluation.plan import CONDITIONS, plan, refuse_without_choices, sample
 from pipelines.evaluation.report import table_of, write_report, write_table
 from pipelines.progress import progress
 from pipelines.settings import OwlError, Settings, differences
-
-CONDITIONS = ("picture", "wrong picture", "no picture")
 
 
 class Evaluation(Settings):
@@ -74,7 +73,9 @@ def evaluate(model: str, benchmark: str, data: str, output: str, settings: Evalu
         "decoding": json.dumps(decoding(chosen, settings)),
     }
     refuse_other_run(output, {**traced, **settings.model_dump(exclude={*PLACEMENT})})
-    batches = plan(questions, settings)
+    if settings.answers == "likelihood":
+        refuse_without_choices(questions)
+    batches = plan(questions, settings.batch_size, settings.controls)
     todo = [batch for batch in batches if not storage.exists(answered(output, batch["name"]))]
     if todo:
         ask(model, todo, output, settings, traced, sum(len(batch["items"]) for batch in batches))
@@ -130,18 +131,6 @@ def read_questions(benchmark: Benchmark, data: str) -> list[Question]:
         ) from None
 
 
-def sample(questions: list[Question], limit: int) -> list[Question]:
-    """``limit`` of the questions at equal distances; conversations stay whole."""
-    if not limit or limit >= len(questions):
-        return questions
-    keep = {questions[number * len(questions) // limit].id for number in range(limit)}
-    follows = {question.id: question.follows for question in questions}
-    for id in [*keep]:
-        while id := follows[id]:
-            keep.add(id)
-    return [question for question in questions if question.id in keep]
-
-
 def kept(questions: list[Question], output: str) -> list[Question]:
     """Pictures that stand in the official file are kept as files of their own, for whoever looks at answers later."""
     there = {storage.name_of(path) for path in storage.listing(f"{output}/pictures", "")}
@@ -182,62 +171,6 @@ def decoding(benchmark: Benchmark, settings: Evaluation) -> dict[str, Any]:
         return {"answers": "likelihood"}
     longest = settings.max_new_tokens or benchmark.max_new_tokens
     return {"max_new_tokens": longest, "min_new_tokens": min(benchmark.min_new_tokens, longest), "do_sample": False}
-
-
-def plan(questions: list[Question], settings: Evaluation) -> list[dict]:
-    """Batches of conversations: [{"name", "condition", "items": [[turn, …]]}], the longest first. A turn is a question
-    as a dict; most conversations have one. Raises OwlError where a question has no choices to compare."""
-    if settings.answers == "likelihood" and (open := [q.id for q in questions if not q.choices]):
-        raise OwlError(f"answers=likelihood needs choices, and {len(open)} questions have none, such as {open[0]!r}")
-    batches = []
-    for condition in CONDITIONS if settings.controls else CONDITIONS[:1]:
-        items = conversations(shown(questions, condition))
-        items.sort(key=lambda turns: (-sum(len(t["pictures"]) for t in turns), -length(turns), turns[0]["id"]))
-        for start in range(0, len(items), settings.batch_size):
-            name = f"{condition.replace(' ', '-')}-{start // settings.batch_size:06d}"
-            batches.append({"name": name, "condition": condition, "items": items[start : start + settings.batch_size]})
-    return batches
-
-
-def length(turns: list[dict]) -> int:
-    return sum(len(json.dumps(turn["messages"])) for turn in turns)
-
-
-def conversations(items: list[dict]) -> list[list[dict]]:
-    """Turns that follow each other, together."""
-    chains: dict[str, list[dict]] = {}
-    for item in items:
-        chain = chains[item["follows"]] if item["follows"] else []
-        chain.append(item)
-        chains[item["id"]] = chain
-    return list({id(chain): chain for chain in chains.values()}.values())
-
-
-def shown(questions: list[Question], condition: str) -> list[dict]:
-    """Questions as they are asked under a condition; those that need no picture are left out of the controls."""
-    same_number: dict[int, list[Question]] = {}
-    for question in questions:
-        same_number.setdefault(len(question.pictures), []).append(question)
-    items = []
-    for place, question in enumerate(questions):
-        pictures, messages = list(question.pictures), question.messages
-        if condition != "picture" and not pictures:
-            continue
-        if condition == "wrong picture":
-            others = [q for q in same_number[len(pictures)] if list(q.pictures) != pictures]
-            if not others:
-                continue
-            pictures = list(others[(place * 7919) % len(others)].pictures)
-        elif condition == "no picture":
-            pictures = []
-            messages = [{**m, "content": without_pictures(m["content"])} for m in messages]
-        fields = {name: getattr(question, name) for name in ("id", "type", "facts", "unit", "choices", "follows")}
-        items.append({**fields, "messages": messages, "pictures": pictures})
-    return items
-
-
-def without_pictures(content: str | list[dict]) -> str | list[dict]:
-    return content if isinstance(content, str) else [part for part in content if part["type"] == "text"]
 
 
 def answered(output: str, name: str) -> str:
