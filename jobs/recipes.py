@@ -142,7 +142,7 @@ def easy_vqa() -> Recipe:
             "about": "owl bench easy-vqa --data … --dir … · 2 CPU cores, 4 GB · 15 minutes · to be measured",
             "parts": full.parts.model_copy(
                 update={
-                    "vision": {**encoder, "image_size": 64, "patch_size": 16},
+                    "vision": {**encoder, "image_size": 64, "patch_size": 8},
                     "abstractor": {**encoder, "num_hidden_layers": 1, "num_queries": 8},
                 }
             ),
