@@ -12,19 +12,21 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from official import WRITERS, png, table
 from PIL import Image
+from s3_server import s3_server
 from transformers import CLIPModel, CLIPProcessor, LlamaForCausalLM
 
 from jobs.parts import assemble
 from jobs.recipes import Parts
 from owl_model.answering import choice_log_likelihoods, load
 from pipelines.evaluation.benchmarks import BENCHMARKS, picture_world
-from pipelines.evaluation.evaluate import Evaluation, evaluate, evaluate_several, read_questions
+from pipelines.evaluation.evaluate import Evaluation, evaluate, evaluate_several, fingerprint, read_questions
 from pipelines.evaluation.plan import shown
 from pipelines.evaluation.results import compare
 from pipelines.settings import OwlError
@@ -285,3 +287,25 @@ def test_several_benchmarks_end_in_a_table_like_the_papers(cluster, model_folder
     assert 'href="gqa/report.html"' in (tmp_path / "out/table.html").read_text()
     with pytest.raises(OwlError, match="no folder in"):
         evaluate_several(model_folder, "all", f"{tmp_path}/out/none", f"{tmp_path}/out", QUICK)
+
+
+@pytest.mark.slow
+def test_model_data_and_results_may_be_in_a_bucket(model_folder, tmp_path, monkeypatch):
+    """A real S3 server; the run is a process of its own, so that Ray's workers know of it."""
+    with s3_server(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket = fsspec.filesystem("s3")
+        bucket.mkdir("owl")
+        WRITERS["mmbench"](tmp_path / "mmbench")
+        for here, there in ((model_folder, "model"), (f"{tmp_path}/mmbench", "mmbench")):
+            bucket.put(f"{here}/", f"owl/{there}/", recursive=True)
+        options = ["--benchmark", "mmbench", "--data", "s3://owl/mmbench", "--out", "s3://owl/out", "--json"]
+        command = [sys.executable, "-m", "jobs.cli", "eval", "s3://owl/model", *options, "--set", "max_new_tokens=4"]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["questions"] == 5
+        assert json.loads(done.stdout)["model_sha256"] == fingerprint(model_folder)
+        assert bucket.exists("owl/out/report.html")
+        assert len(bucket.ls("owl/out/pictures")) == 1
