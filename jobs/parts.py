@@ -86,7 +86,9 @@ def image_processor_of(parts: Parts) -> OwlImageProcessor:
     path = Path(parts.vision) / "preprocessor_config.json"
     if not path.exists():
         raise OwlError(f"parts.vision {parts.vision!r} has no preprocessor_config.json, so its input is unknown")
-    return OwlImageProcessor.from_backbone(json.loads(path.read_text()))
+    pictures = OwlImageProcessor.from_backbone(json.loads(path.read_text()))
+    pictures.image_size = parts.image_size or pictures.image_size
+    return pictures
 
 
 def write_tiny_language_model(texts: Iterable[str], folder: str, seed: int = 0) -> None:
