@@ -25,7 +25,7 @@ class Parts(Settings):
     vision: str | dict[str, Any] = {}
     """A vision backbone's folder, or the settings of a fresh Owl ViT."""
     image_size: int = 0
-    """Side of the pictures in px, where it is not the backbone's own: for those that take any, such as convolutions."""
+    """Side of the pictures in px, where it is not the backbone's own; for those that take any, as convolutions do."""
     language_model: str = ""
     """A causal language model's folder, with its tokenizer."""
     abstractor: dict[str, Any] = {}
@@ -136,8 +136,8 @@ def demo_small() -> Recipe:
 
 
 def easy_vqa() -> Recipe:
-    """easy-VQA's 4,000 drawings, with a vision tower that was pretrained on photographs, as mPLUG-Owl's was: a fresh one
-    learns their colours and not their shapes from so few (docs/log.md)."""
+    """easy-VQA's 4,000 drawings, with a vision tower that was pretrained on photographs, as mPLUG-Owl's was: a fresh
+    one learns their colours and not their shapes from so few (docs/log.md)."""
     full = demo()
     learn = Optimization(learning_rate=2e-3, weight_decay=0.05, warmup=30)
     return full.model_copy(
