@@ -142,7 +142,7 @@ def easy_vqa() -> Recipe:
     learn = Optimization(learning_rate=2e-3, weight_decay=0.05, warmup=30)
     return full.model_copy(
         update={
-            "about": "owl bench easy-vqa --data … --dir … · 2 CPU cores, 5 GB · 15 minutes · to be measured",
+            "about": "owl bench easy-vqa --data … --dir … · 2 CPU cores, 5 GB · 12 minutes · 91 % of test questions",
             "parts": full.parts.model_copy(
                 update={"vision": f"{shared_weights()}/mobilenet-v2-imagenet", "image_size": 128}
             ),
