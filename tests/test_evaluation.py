@@ -171,7 +171,7 @@ def write_choices(folder: Path, count: int) -> None:
     )
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_likelihoods_are_transformers_own(count, cluster, shared, real_model, tmp_path):
     """Two times ``count`` questions, MMLU's and MMBench's, through LlamaForCausalLM itself, which is given the
     pictures' embeddings."""

@@ -172,9 +172,9 @@ def test_others_must_answer_the_same_questions(owleval):
         study_of(f"{owleval}/out", [f"{owleval}/other.jsonl"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def chromium():
-    """A real browser, or a skip with the reason."""
+    """A real browser, or a skip with the reason. Playwright keeps an event loop running for as long as it is there."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; `make browser` installs it")
     with playwright.sync_playwright() as started:
         path = shutil.which("chromium") or started.chromium.executable_path

@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -21,6 +22,7 @@ from pipelines.serving.media import MediaError, split_media
 from pipelines.settings import OwlError, Settings
 
 log = logging.getLogger(__name__)
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 web = FastAPI(title="Owl", summary="A vision-language model behind OpenAI's API")
 
 
@@ -76,8 +78,11 @@ def build(model: str, settings: Serving) -> serve.Application:
 
 @contextlib.contextmanager
 def running(model: str, settings: Serving) -> Iterator[str]:
-    """Deploys, yields the endpoint's address, and takes it down. Raises OwlError where the port is taken."""
+    """Deploys, yields the endpoint's address, and takes it down. Raises OwlError where the port is taken, or where this
+    Ray serves already: its port would stay what it is."""
     application = build(model, settings)
+    if any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
+        raise OwlError("Ray Serve runs on this cluster already; end it with `serve shutdown`, or use another cluster")
     port = free_port(settings.host, settings.port)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(http_options={"host": settings.host, "port": port}, logging_config=quiet)
@@ -85,7 +90,7 @@ def running(model: str, settings: Serving) -> Iterator[str]:
     try:
         yield f"http://{settings.host}:{port}"
     finally:
-        serve.delete(settings.name)
+        serve.shutdown()
 
 
 def free_port(host: str, port: int) -> int:
