@@ -100,6 +100,7 @@ def test_a_judge_sees_the_picture_where_the_rubric_says_so(owleval):
     assert all(part["content"][0]["type"] == "image_url" for part in (request["messages"][0] for request in seen))
 
 
+@pytest.mark.slow
 def test_our_own_server_can_be_the_judge(cluster, model_folder, owleval):
     """It knows no grades, being untrained: what it says is kept, and counted as unreadable."""
     with running(model_folder, Serving(port=0, cpus_per_replica=0.5)) as address:
