@@ -34,8 +34,7 @@ def run(source: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
         curate([f"{folder}/raw/{part}"], f"{folder}/curated/{part}", recipe.curation)
     language, start = f"{folder}/parts/language", f"{folder}/parts/owl"
     write_tiny_language_model(spoken(f"{folder}/curated/text"), language)
-    if not storage.exists(f"{start}/finished"):
-        assemble(recipe.parts.model_copy(update={"language_model": language}), start)
+    assemble(recipe.parts.model_copy(update={"language_model": language}), start)
     for stage, part in (("language", "text"), ("stage1", "pairs"), ("stage2", "instructions")):
         settings = getattr(recipe, stage).model_copy(update={"start": start, "data": [f"{folder}/curated/{part}"]})
         train(stage, settings, f"{folder}/runs/{stage}")

@@ -1,8 +1,8 @@
 """AGIEval: exams that people take, in English; questions with choices."""
 
 from pipelines import storage
-from pipelines.evaluation.benchmarks.base import LETTER, Benchmark, Question, ask, by, each, read_lines
-from pipelines.evaluation.metrics import LETTERS, chosen
+from pipelines.evaluation.benchmarks.base import LETTER, LETTERS_RIGHT, Benchmark, Question, ask, by, read_lines
+from pipelines.evaluation.metrics import LETTERS
 
 TASKS = ("aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage", "sat-math")
 
@@ -32,7 +32,7 @@ BENCHMARK = Benchmark(
     source="https://github.com/ruixiangcui/AGIEval",
     layout="data/v1_1/TASK.jsonl",
     read=read,
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     metrics=by("task"),
     published={"mPLUG-Owl2": 32.7},
 )

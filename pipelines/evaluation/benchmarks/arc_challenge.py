@@ -1,7 +1,7 @@
 """ARC-Challenge: school science that word statistics do not solve."""
 
-from pipelines.evaluation.benchmarks.base import LETTER, Benchmark, Question, ask, each, read_lines
-from pipelines.evaluation.metrics import LETTERS, chosen, lettered
+from pipelines.evaluation.benchmarks.base import LETTER, LETTERS_RIGHT, Benchmark, Question, ask, read_lines
+from pipelines.evaluation.metrics import LETTERS, lettered
 
 SOURCE = "https://allenai.org/data/arc"
 
@@ -24,6 +24,6 @@ BENCHMARK = Benchmark(
     source=SOURCE,
     layout="ARC-Challenge/ARC-Challenge-Test.jsonl",
     read=lambda folder: read_arc(f"{folder}/ARC-Challenge/ARC-Challenge-Test.jsonl"),
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     published={"mPLUG-Owl2": 65.8},
 )

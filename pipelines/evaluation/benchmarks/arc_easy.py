@@ -1,8 +1,7 @@
 """ARC-Easy: the rest of its school science."""
 
 from pipelines.evaluation.benchmarks.arc_challenge import SOURCE, read_arc
-from pipelines.evaluation.benchmarks.base import Benchmark, each
-from pipelines.evaluation.metrics import chosen
+from pipelines.evaluation.benchmarks.base import LETTERS_RIGHT, Benchmark
 
 BENCHMARK = Benchmark(
     version="arc_easy/1 accuracy of letters",
@@ -10,6 +9,6 @@ BENCHMARK = Benchmark(
     source=SOURCE,
     layout="ARC-Easy/ARC-Easy-Test.jsonl",
     read=lambda folder: read_arc(f"{folder}/ARC-Easy/ARC-Easy-Test.jsonl"),
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     published={"mPLUG-Owl2": 79.9},
 )

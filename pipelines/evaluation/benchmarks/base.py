@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import storage
-from pipelines.evaluation.metrics import mean
+from pipelines.evaluation.metrics import chosen, mean
 
 WORD = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -44,6 +44,10 @@ Metrics = Callable[[list[dict]], dict[str, Any]]
 def each(score: Callable[[dict], float | None]) -> Scores:
     """Rows scored one by one."""
     return lambda rows: [score(row) for row in rows]
+
+
+LETTERS_RIGHT = each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"]))
+"""Scores of questions with "choices", whose "answer" is a letter."""
 
 
 def percent_right(rows: list[dict]) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from pipelines.evaluation.benchmarks.base import (
     LETTER,
+    LETTERS_RIGHT,
     Benchmark,
     Question,
     ask,
-    each,
     from_base64,
     percent,
     read_table,
 )
-from pipelines.evaluation.metrics import LETTERS, chosen, lettered, mean
+from pipelines.evaluation.metrics import LETTERS, lettered, mean
 
 FILE = "mmbench_dev_20230712.tsv"
 
@@ -61,7 +61,7 @@ BENCHMARK = Benchmark(
     source="https://github.com/open-compass/MMBench",
     layout=FILE,
     read=read,
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     metrics=circular,
     recount=True,
     published={

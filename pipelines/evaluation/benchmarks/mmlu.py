@@ -1,8 +1,8 @@
 """MMLU: four choices in 57 subjects, with five solved examples before each question."""
 
 from pipelines import storage
-from pipelines.evaluation.benchmarks.base import Benchmark, Question, ask, by, each, read_table
-from pipelines.evaluation.metrics import LETTERS, chosen, lettered
+from pipelines.evaluation.benchmarks.base import LETTERS_RIGHT, Benchmark, Question, ask, by, read_table
+from pipelines.evaluation.metrics import LETTERS, lettered
 
 NAMES = ("question", "A", "B", "C", "D", "answer")
 SHOTS = 5
@@ -45,7 +45,7 @@ BENCHMARK = Benchmark(
     source="https://github.com/hendrycks/test (data.tar)",
     layout="test/SUBJECT_test.csv dev/SUBJECT_dev.csv",
     read=read,
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     metrics=by("subject"),
     published={"mPLUG-Owl2": 53.4},
 )

@@ -1,7 +1,7 @@
 """MMStar: questions that cannot be answered without the picture, and are in no training set."""
 
-from pipelines.evaluation.benchmarks.base import LETTER, Benchmark, Question, ask, by, each, read_parquets
-from pipelines.evaluation.metrics import LETTERS, chosen
+from pipelines.evaluation.benchmarks.base import LETTER, LETTERS_RIGHT, Benchmark, Question, ask, by, read_parquets
+from pipelines.evaluation.metrics import LETTERS
 
 
 def read(folder: str) -> list[Question]:
@@ -21,7 +21,7 @@ BENCHMARK = Benchmark(
     source="https://huggingface.co/datasets/Lin-Chen/MMStar",
     layout="mmstar.parquet",
     read=read,
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     metrics=by("category"),
     published={"LLaVA-1.5-7B": 30.3, "LLaVA-1.5-13B": 32.8},
 )

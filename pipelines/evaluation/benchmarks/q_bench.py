@@ -1,7 +1,7 @@
 """Q-Bench (perception): what a model sees of a picture's quality."""
 
-from pipelines.evaluation.benchmarks.base import LETTER, Benchmark, Question, ask, by, each, read_json
-from pipelines.evaluation.metrics import LETTERS, chosen, lettered
+from pipelines.evaluation.benchmarks.base import LETTER, LETTERS_RIGHT, Benchmark, Question, ask, by, read_json
+from pipelines.evaluation.metrics import LETTERS, lettered
 
 KINDS = ("yes-no", "what", "how")
 CONCERNS = ("distortion", "other", "in-context distortion", "in-context other")
@@ -31,7 +31,7 @@ BENCHMARK = Benchmark(
     source="https://github.com/Q-Future/Q-Bench",
     layout="llvisionqa_dev.json images/",
     read=read,
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     metrics=by("kind"),
     published={"mPLUG-Owl2": 62.9, "mPLUG-Owl": 58.9},
 )

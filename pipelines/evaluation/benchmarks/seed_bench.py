@@ -1,7 +1,7 @@
 """SEED-Bench's questions about pictures."""
 
-from pipelines.evaluation.benchmarks.base import LETTER, Benchmark, Question, ask, by, each, read_json
-from pipelines.evaluation.metrics import LETTERS, chosen, lettered
+from pipelines.evaluation.benchmarks.base import LETTER, LETTERS_RIGHT, Benchmark, Question, ask, by, read_json
+from pipelines.evaluation.metrics import LETTERS, lettered
 
 
 def read(folder: str) -> list[Question]:
@@ -27,7 +27,7 @@ BENCHMARK = Benchmark(
     source="https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
     layout="SEED-Bench.json SEED-Bench-image/",
     read=read,
-    scores=each(lambda row: float(chosen(row["prediction"], row["choices"]) == row["answer"])),
+    scores=LETTERS_RIGHT,
     metrics=by("kind"),
     published={
         "mPLUG-Owl2 (with videos)": 57.8,
