@@ -99,30 +99,35 @@ def test_a_batch_depends_on_its_step_alone(datasets, processor):
     assert torch.equal(later[0].inputs["input_ids"], straight[5][0].inputs["input_ids"])
 
 
-def test_features_of_a_frozen_encoder_are_computed_once(datasets, processor):
+def test_a_frozen_encoder_looks_at_each_picture_once(cluster, world, processor, tmp_path):
+    """Also where several samples show the same one, as many questions about one picture do."""
     seen = []
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         seen.append(len(pixels))
         return pixels.mean(dim=(2, 3))[:, None]
 
-    dataset = Dataset([datasets["pairs"]])
-    looks = Looks(encode=encode)
-    feed = Feed(dataset, processor, Order(dataset.rows, seed=0), len(Order(dataset.rows, 0)), looks=looks)
-    (first,), (second,) = feed.batch(0), feed.batch(1)
-    assert sum(seen) == sum(dataset.rows)
-    lookup = dict(zip(first.keys, first.inputs["vision_features"], strict=True))
-    for key, value in zip(second.keys, second.inputs["vision_features"], strict=True):
-        assert torch.equal(lookup[key], value)
+    curate([f"{world}/raw/pairs"], str(tmp_path), Curation(deduplication=None))
+    dataset = Dataset([str(tmp_path)])
+    order = Order(dataset.rows, seed=0)
+    feed = Feed(dataset, processor, order, len(order), looks=Looks(encode=encode))
+    plain = Feed(dataset, processor, order, len(order))
+    (first,), (second,) = ([feed.encoded(batch) for batch in feed.batch(step)] for step in (0, 1))
+    places = [(shard, row) for shard, rows in enumerate(dataset.rows) for row in range(rows)]
+    shown = [dataset.read(*place, ("sha256",))["sha256"] for place in places]
+    assert sum(seen) == len(set(shown)) < len(shown)  # the shards hold planted duplicates
+    for step, batch in enumerate((first, second)):
+        (whole,) = plain.batch(step)
+        assert batch.keys == whole.keys
+        assert torch.allclose(batch.inputs["vision_features"], encode(whole.inputs["pixel_values"]))
 
 
-def test_kept_values_stay_within_their_limit():
+def test_what_is_kept_stays_and_stays_within_its_limit():
     kept = Kept(limit=100)
     for key in range(10):
         kept.put(key, torch.zeros(10))
-    assert kept.size <= 100
-    assert kept.get(9) is not None
-    assert kept.get(0) is None
+    assert kept.size == 80
+    assert [key for key in range(10) if kept.get(key) is not None] == [0, 1]
 
 
 @pytest.mark.parametrize(

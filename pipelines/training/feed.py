@@ -2,17 +2,18 @@
 
 The feed reads Arrow itself, since Ray Data 2.60 has no iterator state and a resumed run must open at any position at
 once. What stays the same over the epochs is computed once and kept, within a limit: a picture's pixels, or, where
-the vision encoder is frozen, its features.
+the vision encoder is frozen, its features. A picture is known by its content, so that twenty questions about one are
+no more work than one. Encoding is part of the step, and runs with it; the feed only spares it what is known.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from pipelines.training.packing import plan
 class Batch:
     inputs: dict[str, torch.Tensor]
     """input_ids, labels [B, L], and attention_mask or, where rows hold several samples, position_ids [B, L];
-    pixel_values [N, 3, H, W] or vision_features [N, P, D]."""
+    pixel_values [N, 3, H, W], or what Feed.encoded makes vision_features [N, P, D] of."""
     keys: list[str]
     """Which samples these are."""
     datasets: torch.Tensor
@@ -46,6 +47,16 @@ class Batch:
     padding: int
     """Tokens of none."""
     pictures: int
+    views: list[View]
+    """Its pictures, where the vision encoder is frozen."""
+
+
+class View(NamedTuple):
+    """A picture on its way into a frozen encoder."""
+
+    key: Hashable
+    features: torch.Tensor | None
+    """[P, D], where they are known; if not, its pixels stand among the batch's pixel_values."""
 
 
 class Sample(NamedTuple):
@@ -58,22 +69,25 @@ class Sample(NamedTuple):
 
 
 class Kept:
-    """The last-used values under keys, up to a number of bytes."""
+    """The first values under their keys, up to a number of bytes; any thread asks and gives.
+
+    Nothing is driven out: where an epoch holds more than fits, its order would drive each one out before it is due."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
-        self.values: OrderedDict[Any, torch.Tensor] = OrderedDict()
+        self.values: dict[Hashable, torch.Tensor] = {}
+        self.lock = Lock()
 
-    def get(self, key: Any) -> torch.Tensor | None:
-        if key in self.values:
-            self.values.move_to_end(key)
+    def get(self, key: Hashable) -> torch.Tensor | None:
         return self.values.get(key)
 
-    def put(self, key: Any, value: torch.Tensor) -> None:
-        self.values[key] = value
-        self.size += value.nbytes
-        while self.size > self.limit:
-            self.size -= self.values.popitem(last=False)[1].nbytes
+    def put(self, key: Hashable, value: torch.Tensor) -> None:
+        """Keeps a copy of it, in the host's memory."""
+        with self.lock:
+            if key in self.values or self.size + value.nbytes > self.limit:
+                return
+            self.values[key] = value.detach().to("cpu", copy=True)
+            self.size += value.nbytes
 
 
 class Looks(NamedTuple):
@@ -185,13 +199,14 @@ class Feed:
             places = [self.dataset.shards[sample.place.shard].folder_number for sample in row]
             found = torch.repeat_interleave(torch.tensor(places), torch.tensor([len(s.encoded.ids) for s in row]))
             line[: len(found)] = found
-        pictures = [picture for sample in samples for picture in self.pictures_of(sample)]
+        pictures = [(sample.place, index) for sample in samples for index in range(sample.encoded.images)]
+        views: list[View] = []
         if pictures:
-            inputs["pixel_values" if self.looks.encode is None else "vision_features"] = self.prepared(pictures)
+            views, pixels = self.pictures_in(pictures)
+            inputs |= {} if pixels is None else {"pixel_values": pixels}
         elif self.looks.always:
             size = self.processor.image_processor.image_size
-            blank = torch.zeros(1, 3, size, size)
-            inputs["look_only"] = blank if self.looks.encode is None else self.looks.encode(blank)
+            inputs["look_only"] = torch.zeros(1, 3, size, size)
         tokens = sum(len(sample.encoded.ids) for sample in samples)
         return Batch(
             inputs,
@@ -203,6 +218,7 @@ class Feed:
             tokens=tokens,
             padding=inputs["labels"].numel() - tokens,
             pictures=len(pictures),
+            views=views,
         )
 
     def conversation(self, sample: dict, position: int, epoch: int) -> list[dict]:
@@ -217,23 +233,46 @@ class Feed:
             return messages
         return [{**m, "content": [p for p in parts(m["content"]) if p["type"] == "text"]} for m in messages]
 
-    def pictures_of(self, sample: Sample) -> list[tuple[Place, int]]:
-        return [(sample.place, index) for index in range(sample.encoded.images)]
+    def pictures_in(self, wanted: list[tuple[Place, int]]) -> tuple[list[View], torch.Tensor | None]:
+        """Views of them, and the pixels [M, 3, H, W] that have to be looked at: of all where vision trains, otherwise
+        of those without features, each once."""
+        keys = [self.key_of(*which) for which in wanted]
+        known = {key: self.kept.get(key) for key in keys}
+        missing = {key: which for key, which in zip(keys, wanted, strict=True) if known[key] is None}
+        encoded = [self.encoded_picture(*which) for which in missing.values()]
+        fresh = dict(zip(missing, self.decoding.map(self.pixels, missing.values(), encoded), strict=True))
+        if self.looks.encode is None:
+            for key, pixels in fresh.items():
+                self.kept.put(key, pixels)
+            return [], torch.stack([fresh[key] if (pixels := known[key]) is None else pixels for key in keys])
+        return [View(key, known[key]) for key in keys], torch.stack(list(fresh.values())) if fresh else None
 
-    def prepared(self, wanted: list[tuple[Place, int]]) -> torch.Tensor:
-        """Pixels, or features where they can be kept; what was prepared before is not prepared again."""
-        keys = [(*place[:2], index) for place, index in wanted]
-        missing = [which for which, key in zip(wanted, keys, strict=True) if self.kept.get(key) is None]
-        fresh = {}
-        if missing:
-            encoded = [self.encoded_picture(*which) for which in missing]
-            pixels = torch.stack(list(self.decoding.map(self.pixels, missing, encoded)))
-            values = pixels if self.looks.encode is None else self.looks.encode(pixels)
-            fresh = {(*place[:2], index): value.clone() for (place, index), value in zip(missing, values, strict=True)}
-        rows = torch.stack([fresh[key] if key in fresh else self.kept.get(key) for key in keys])
-        for key, value in fresh.items():
-            self.kept.put(key, value)
-        return rows
+    def encoded(self, batch: Batch) -> Batch:
+        """A batch whose pictures, where vision is frozen, are features; the step calls it, on the model's device."""
+        if self.looks.encode is None:
+            return batch
+        inputs = dict(batch.inputs)
+        if "look_only" in inputs:
+            inputs["look_only"] = self.looks.encode(inputs["look_only"])
+        if batch.views:
+            fresh = {}
+            if "pixel_values" in inputs:
+                missing = dict.fromkeys(view.key for view in batch.views if view.features is None)
+                fresh = dict(zip(missing, self.looks.encode(inputs.pop("pixel_values")), strict=True))
+            for key, features in fresh.items():
+                self.kept.put(key, features)
+            device = next(iter(fresh.values())).device if fresh else torch.device("cpu")
+            rows = [fresh[v.key] if v.features is None else v.features.to(device) for v in batch.views]
+            inputs["vision_features"] = torch.stack(rows)
+        return replace(batch, inputs=inputs, views=[])
+
+    def key_of(self, place: Place, index: int) -> Hashable:
+        """By what a picture is known: what it holds, or, where that is not written down or it is cropped, its place."""
+        if index == 0 and self.looks.crop == 1.0:
+            sha256 = self.dataset.read(place.shard, place.row, ("sha256",))["sha256"]
+            if sha256:
+                return self.dataset.shards[place.shard].folder_number, sha256
+        return (*place[:2], index)
 
     def encoded_picture(self, place: Place, index: int) -> bytes:
         if index == 0:

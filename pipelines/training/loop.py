@@ -79,6 +79,7 @@ def work(config: dict[str, Any]) -> None:
         entries = (settings.log_every, settings.checkpoint_every, settings.steps)
         logged = any((step + 1) % every == 0 for every in entries)
         modules = stages.parts_of(owl) if logged else None
+        batches = [feed.encoded(batch) for batch in batches]
         metrics = train_step(
             model, batches, optimizers, settings.optimization, rate, precision, len(settings.data), modules
         )
