@@ -64,7 +64,7 @@ class Choice(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """[R, V] → [R, V]"""
-        scores[:, self.forbidden] = -torch.inf
+        scores[:, self.forbidden[self.forbidden < scores.shape[1]]] = -torch.inf  # some models have no words there
         for row, (request, sampling, made) in enumerate(self.rows):
             raw = scores[row].log_softmax(-1) if sampling.logprobs is not None else None
             self.shape(scores[row], request, sampling, made)
