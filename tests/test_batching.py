@@ -17,6 +17,7 @@ from pipelines.serving.batching import Batching, Picture, Room
 from pipelines.serving.sampling import Sampling, gumbel, keep_likeliest
 from pipelines.serving.virtual import NoRoom, PictureIds
 
+GREEDY = Sampling()
 ROOM = Room(tokens=4096, page=16, batch_tokens=128, requests=8, pictures=16)
 
 
@@ -26,26 +27,11 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
+WORDS = "what color is the circle square ? yes no one two three red large at top-left"
+
+
 def asked(number: int, pictures: int) -> list[dict]:
-    words = [
-        "what",
-        "color",
-        "is",
-        "the",
-        "circle",
-        "?",
-        "yes",
-        "no",
-        "one",
-        "two",
-        "three",
-        "square",
-        "red",
-        "large",
-        "at",
-        "top-left",
-    ]
-    text = " ".join(random.Random(number).choices(words, k=3 + number % 17))
+    text = " ".join(random.Random(number).choices(WORDS.split(), k=3 + number % 17))
     return [{"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}]
 
 
@@ -62,7 +48,7 @@ class Asking:
     def __init__(self, owl, processor, room: Room = ROOM):
         self.processor, self.engine, self.count = processor, Batching(owl, processor.end_id, room), 0
 
-    async def ask(self, messages, pictures, longest: int, sampling: Sampling = Sampling(), delay: float = 0.0):
+    async def ask(self, messages, pictures, longest: int, sampling: Sampling = GREEDY, delay: float = 0.0):
         await asyncio.sleep(delay)
         self.count += 1
         name = f"request-{self.count}"

@@ -1,9 +1,9 @@
 """Attention for continuous batching on the CPU: each request by itself, straight from the paged cache.
 
-transformers packs the requests of a batch into one sequence, builds a mask of all queries by all keys, and gathers every
-request's keys and values in every layer. Here a request's rows attend to its own keys alone, and where those lie side by
-side in the cache, as they do while its pages follow each other, nothing is copied. Keys and values are held in fp32: one
-query against them in bf16 takes six to eight times as long on a CPU.
+transformers packs the requests of a batch into one sequence, builds a mask of all queries by all keys, and gathers
+every request's keys and values in every layer. Here a request's rows attend to its own keys alone, and where those lie
+side by side in the cache, as they do while its pages follow each other, nothing is copied. Keys and values are held in
+fp32: one query against them in bf16 takes six to eight times as long on a CPU.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,24 +18,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from owl_model import OwlForConditionalGeneration
 from owl_model.adaptive import sort_rows
 from pipelines.serving import attention
+from pipelines.serving.room import Room
 from pipelines.serving.sampling import Choice, Sampling
 from pipelines.serving.virtual import PictureIds
-from pipelines.settings import OwlError, Settings
-
-
-class Room(Settings):
-    """What the built-in engine holds at once."""
-
-    tokens: int = 32_768
-    """Keys and values of so many tokens, over all requests and what is kept of earlier ones."""
-    page: int = 64
-    """Tokens of a page of the cache; a prompt's whole pages are found again."""
-    batch_tokens: int = 2048
-    """Tokens of one step, prompts and answers together."""
-    requests: int = 16
-    """Requests that are answered at once."""
-    pictures: int = 256
-    """Pictures whose embeddings are held."""
+from pipelines.settings import OwlError
 
 
 class Decoder(PreTrainedModel, GenerationMixin):
@@ -80,10 +67,10 @@ class Step(NamedTuple):
 
 
 class Batching:
-    """The engine. To be made and used on one event loop; it computes in a thread of its own."""
+    """The engine. Made and used on one event loop; it computes in a thread of its own."""
 
     def __init__(self, owl: OwlForConditionalGeneration, end: int, room: Room, grammars=None):
-        """``end`` is the token that closes an answer. Raises OwlError for a language model whose attention is its own."""
+        """``end`` is the token that closes an answer. Raises OwlError for language models with attention of their own."""
         text = owl.config.text_config
         if not getattr(owl.model.language_model, "_supports_attention_backend", False):
             raise OwlError(f"{text.model_type} brings its own attention, which cannot be batched continuously")
@@ -118,7 +105,7 @@ class Batching:
     ) -> AsyncIterator[Step]:
         """Answers ``ids``, in which each picture stands as a run of the placeholder, until the answer ends or has
         ``longest`` tokens. Whoever stops reading cancels it. Raises NoRoom, and RuntimeError where the engine fails."""
-        taken = [await asyncio.to_thread(self.pictures.take, p.digest, lambda p=p: self.encode(p)) for p in pictures]
+        taken = [await asyncio.to_thread(self.pictures.take, p.digest, partial(self.encode, p)) for p in pictures]
         arrived: asyncio.Queue = asyncio.Queue()
         self.manager.register_result_handler(name, arrived.put_nowait)
         self.manager.add_request(

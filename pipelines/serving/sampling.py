@@ -1,9 +1,9 @@
 """How one request's next token is chosen, in a batch with others that choose otherwise.
 
-transformers' continuous batching takes the likeliest token of every row. What makes rows differ happens before: each row's
-scores are masked, penalized and shifted by noise that depends on its seed and position alone (Gumbel-max: the largest of
-log p + noise is a sample of p; Maddison et al. 2014, section 2), so that a request's answer is the same alone and in any
-batch.
+transformers' continuous batching takes the likeliest token of every row. What makes rows differ happens before: each
+row's scores are masked, penalized and shifted by noise that depends on its seed and position alone (Gumbel-max: the
+largest of log p + noise is a sample of p; Maddison et al. 2014, section 2), so that a request's answer is the same
+alone and in any batch.
 """
 
 from __future__ import annotations

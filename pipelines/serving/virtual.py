@@ -29,6 +29,8 @@ class PictureIds(nn.Module):
     def __init__(self, words: nn.Embedding, tokens: int, rooms: int):
         super().__init__()
         self.words, self.tokens, self.first = words, tokens, words.num_embeddings
+        self.held: torch.Tensor
+        self.room_of: torch.Tensor
         shape = (rooms, tokens, words.embedding_dim)
         self.register_buffer("held", words.weight.new_zeros(shape), persistent=False)
         self.register_buffer("room_of", torch.zeros(0, dtype=torch.long), persistent=False)
