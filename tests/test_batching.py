@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, LlamaConfig
 
+from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlProcessor, OwlVisionConfig
 from owl_model.answering import generation_config, prompt_inputs
-from pipelines.serving.batching import Batching, Picture, Room
-from pipelines.serving.sampling import Sampling, gumbel, keep_likeliest
+from owl_model.processing import OwlImageProcessor
+from pipelines.serving.batching import Batching, Picture
+from pipelines.serving.room import Room
+from pipelines.serving.sampling import Sampling, grammar_of, gumbel, keep_likeliest
 from pipelines.serving.virtual import NoRoom, PictureIds
 
 GREEDY = Sampling()
@@ -45,8 +50,8 @@ def expected(owl, processor, messages: list[dict], pictures: list[bytes], longes
 class Asking:
     """An engine, and what it is asked."""
 
-    def __init__(self, owl, processor, room: Room = ROOM):
-        self.processor, self.engine, self.count = processor, Batching(owl, processor.end_id, room), 0
+    def __init__(self, owl, processor, room: Room = ROOM, grammars=None):
+        self.processor, self.engine, self.count = processor, Batching(owl, processor.end_id, room, grammars), 0
 
     async def ask(self, messages, pictures, longest: int, sampling: Sampling = GREEDY, delay: float = 0.0):
         await asyncio.sleep(delay)
@@ -182,3 +187,49 @@ def test_noise_and_limits():
     scores = torch.tensor([0.7, 0.2, 0.1]).log()
     drawn = torch.stack([(scores + gumbel(3, 0, place)).argmax() for place in range(4000)])
     assert drawn.bincount().div(4000).tolist() == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
+
+
+def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared):
+    """On a tokenizer with letters; beside requests that are free."""
+    llguidance = pytest.importorskip("llguidance.hf")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data/weights/tinystories-llama/stories260K")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OwlConfig(
+        vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14),
+        abstractor_config=OwlAbstractorConfig(**shape, encoder_hidden_size=32, num_queries=6),
+        text_config=LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=512),
+    )
+    owl = OwlForConditionalGeneration(config).eval()
+    processor = OwlProcessor.for_model(config, OwlImageProcessor(56), tokenizer, "plain")
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["owl", "cat"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["kind", "count"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    held = Sampling(temperature=1.0, seed=3, grammar=grammar_of(schema))
+    grammars = llguidance.from_tokenizer(tokenizer, n_vocab=len(tokenizer))
+
+    async def run():
+        asking = Asking(owl, processor, grammars=grammars)
+        try:
+            alone = await asking.ask(asked(0, 1), [png(0)], 60, held)
+            crowd = [asking.ask(asked(n, 0), [], 40, Sampling(temperature=1.0, seed=n)) for n in range(4)]
+            return alone[0], (await asyncio.gather(asking.ask(asked(0, 1), [png(0)], 60, held, 0.01), *crowd))[0][0]
+        finally:
+            asking.engine.stop()
+
+    alone, together = asyncio.run(run())
+    assert alone == together
+    text = tokenizer.decode(alone, skip_special_tokens=True)
+    answer = json.loads(text)
+    assert set(answer) == {"kind", "count"}
+    assert answer["kind"] in ("owl", "cat")
+    assert 0 <= answer["count"] <= 99
+
+
+def test_a_schema_that_cannot_be_held_to_is_refused():
+    with pytest.raises(ValueError, match="type"):
+        grammar_of({"type": "nonsense"})

@@ -70,7 +70,7 @@ class Batching:
     """The engine. Made and used on one event loop; it computes in a thread of its own."""
 
     def __init__(self, owl: OwlForConditionalGeneration, end: int, room: Room, grammars=None):
-        """``end`` is the token that closes an answer. Raises OwlError for language models with attention of their own."""
+        """``end`` is the token that closes an answer. Raises OwlError for a model with attention of its own."""
         text = owl.config.text_config
         if not getattr(owl.model.language_model, "_supports_attention_backend", False):
             raise OwlError(f"{text.model_type} brings its own attention, which cannot be batched continuously")
@@ -92,7 +92,7 @@ class Batching:
         )
         if self.decoder.device.type == "cpu":
             self.decoder.set_attn_implementation(attention.register())
-        self.choice = Choice([owl.config.image_token_id, owl.config.video_token_id], grammars)
+        self.choice = Choice([owl.config.image_token_id, owl.config.video_token_id], end, grammars)
         steps = self.manager.logit_processor
         steps.logits_processor.append(self.choice)
         steps.tensors_required += 1

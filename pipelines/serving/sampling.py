@@ -42,11 +42,11 @@ class Choice(ContinuousBatchingLogitsProcessor):
     supported_kwargs = {"sampling": Sampling}
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, forbidden: list[int], grammars: Any = None):
-        """``forbidden`` tokens, such as pictures' placeholders, are never written. ``grammars`` is llguidance's
+    def __init__(self, forbidden: list[int], end: int, grammars: Any = None):
+        """``end`` closes an answer. ``forbidden`` tokens, such as pictures' placeholders, are never written. ``grammars`` is llguidance's
         tokenizer; None where there is none."""
         self.forbidden = torch.tensor(forbidden, dtype=torch.long)
-        self.grammars = grammars
+        self.end, self.grammars = end, grammars
         self.rows: list[tuple[str, Sampling, list[int]]] = []
         self.told: dict[str, list[dict]] = {}
         """Request → for each of its tokens {"token", "logprob", "top": [(token, logprob)]}, where asked for."""
@@ -92,7 +92,10 @@ class Choice(ContinuousBatchingLogitsProcessor):
         if made[seen:]:
             matcher.consume_tokens(made[seen:])
         self.matchers[request] = (matcher, len(made))
-        if not matcher.is_stopped():
+        if matcher.is_stopped():  # nothing can follow
+            row[:] = -torch.inf
+            row[self.end] = 0.0
+        else:
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
             row[~torch.from_numpy(bits[: len(row)].astype(bool))] = -torch.inf
 
