@@ -43,8 +43,8 @@ class Choice(ContinuousBatchingLogitsProcessor):
     ignored_kwargs: tuple[str, ...] = ()
 
     def __init__(self, forbidden: list[int], end: int, grammars: Any = None):
-        """``end`` closes an answer. ``forbidden`` tokens, such as pictures' placeholders, are never written. ``grammars`` is llguidance's
-        tokenizer; None where there is none."""
+        """``end`` closes an answer. ``forbidden`` tokens, such as pictures' placeholders, are never written.
+        ``grammars`` is llguidance's tokenizer; None where there is none."""
         self.forbidden = torch.tensor(forbidden, dtype=torch.long)
         self.end, self.grammars = end, grammars
         self.rows: list[tuple[str, Sampling, list[int]]] = []
