@@ -1,102 +1,79 @@
-"""The engine: a model folder in an actor, answering as a stream of text.
+"""The engine's place on Ray Serve: a replica that holds a model folder and answers requests as streams of text.
 
-Each request is a `generate` of its own in a thread; a client that goes away stops it at the next token.
+Words become token ids and pictures pixels here; the engine proper (batching.py) sees nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
+import hashlib
+import uuid
 from collections.abc import AsyncIterator
 
 import torch
 from ray import serve
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from tokenizers.decoders import DecodeStream
 
-from owl_model.answering import generation_config, load, on_device, prompt_inputs
-
-
-class Cancelled(StoppingCriteria):
-    """Ends a generation from outside."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+from owl_model.answering import load
+from pipelines.serving.batching import Batching, Picture, Room
+from pipelines.serving.sampling import Sampling
+from pipelines.serving.virtual import NoRoom
 
 
 @serve.deployment
 class Engine:
-    def __init__(self, model: str):
+    def __init__(self, model: str, room: dict):
         self.owl, self.processor = load(model)
+        self.engine = Batching(self.owl, self.processor.end_id, Room(**room))
 
     async def stream(self, messages: list[dict], pictures: list[bytes], options: dict) -> AsyncIterator[dict]:
         """Yields {"text": …} pieces, then {"usage": …, "finish": "stop" | "length"}, or {"refused": …} alone."""
         try:
-            inputs = prompt_inputs(self.processor, [messages], [pictures])
+            encoded = self.processor.encode(messages, prompt=True)
+            if encoded.images != len(pictures):
+                raise ValueError(f"the conversation shows {encoded.images} pictures, but {len(pictures)} were given")
+            shown = await asyncio.to_thread(lambda: [self.picture(data) for data in pictures])
         except ValueError as error:
             yield {"refused": str(error)}
             return
-        inputs = on_device(self.owl, inputs)
-        length = inputs["input_ids"].shape[1]
+        length = len(encoded.ids)
         room = getattr(self.owl.config.text_config, "max_position_embeddings", 1 << 30) - length
         if room < 1:
             yield {"refused": f"the conversation takes {length} tokens, more than the model can hold"}
             return
-        options = {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
-        cancelled, made = Cancelled(), Counted(self.processor.tokenizer)
-        thread = threading.Thread(target=self.generate, args=(inputs, options, cancelled, made), daemon=True)
-        thread.start()
+        longest = min(options["max_new_tokens"], room)
+        sampling = Sampling(**{name: value for name, value in options.items() if name != "max_new_tokens"})
+        words, made, finish = Words(self.processor.tokenizer), 0, "stop"
         try:
-            while True:
-                try:
-                    piece = await asyncio.to_thread(made.text_queue.get, True, 0.5)
-                except queue.Empty:
-                    continue
-                if piece is made.stop_signal:
-                    break
-                if piece:
-                    yield {"text": piece}
-        finally:
-            cancelled.event.set()
-        finish = "length" if made.tokens >= options["max_new_tokens"] else "stop"
-        usage = {"prompt_tokens": length, "completion_tokens": made.tokens, "total_tokens": length + made.tokens}
+            async for step in self.engine.submit(uuid.uuid4().hex, encoded.ids, shown, sampling, longest):
+                made += len(step.tokens)
+                finish = step.finish or finish
+                if text := words.after(step.tokens):
+                    yield {"text": text}
+        except NoRoom as error:
+            yield {"refused": str(error)}
+            return
+        usage = {"prompt_tokens": length, "completion_tokens": made, "total_tokens": length + made}
         yield {"usage": usage, "finish": finish}
 
-    def generate(self, inputs: dict, options: dict, cancelled: Cancelled, made: Counted) -> None:
-        seed = options.pop("seed", None)
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            self.owl.generate(
-                **inputs,
-                generation_config=generation_config(self.owl, self.processor, **options),
-                streamer=made,
-                stopping_criteria=StoppingCriteriaList([cancelled]),
-            )
-        finally:
-            made.end()
+    def picture(self, data: bytes) -> Picture:
+        """Raises ValueError where the bytes are no picture."""
+        pixels = self.processor.image_processor.pixels(data)
+        return Picture(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels)
 
     def check_health(self) -> None:
         if not torch.isfinite(self.owl.lm_head.weight[0]).all():
             raise RuntimeError("the model's weights are not finite")
+        if not self.engine.manager.is_running():
+            raise RuntimeError("the engine has stopped")
 
 
-class Counted(TextIteratorStreamer):
-    """A text streamer that counts tokens and may be ended twice."""
+class Words:
+    """Text of tokens as they come: a piece for as many as make whole characters."""
 
     def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.tokens = -1  # the prompt comes first, as one piece
-        self.ended = False
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.decoder = DecodeStream(skip_special_tokens=True)
 
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += 1
-        super().put(value)
-
-    def end(self) -> None:
-        if not self.ended:
-            self.ended = True
-            super().end()
+    def after(self, tokens: list[int]) -> str:
+        return "".join(self.decoder.step(self.tokenizer, token) or "" for token in tokens)

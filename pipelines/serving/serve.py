@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 
@@ -19,6 +20,7 @@ from pipelines import storage
 from pipelines.serving import api
 from pipelines.serving.api import chained, until_stop
 from pipelines.serving.media import MediaError, split_media
+from pipelines.serving.room import Room
 from pipelines.settings import OwlError, Settings
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Serving(Settings):
     """GPUs of a replica."""
     max_ongoing: int = 8
     """Requests that one replica works on at once."""
+    room: Room = Room()
+    """What a replica's engine holds at once."""
     max_queued: int = 64
     """Requests that may wait; more are answered 503 at once."""
 
@@ -72,7 +76,7 @@ def build(model: str, settings: Serving) -> serve.Application:
             "target_ongoing_requests": max(1, settings.max_ongoing // 2),
         },
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-    ).bind(model)
+    ).bind(model, settings.room.model_dump())
     return Ingress.bind(engine, settings.name)  # type: ignore[attr-defined]
 
 
@@ -128,9 +132,8 @@ class Ingress:
             messages, pictures = split_media(request.messages)
         except MediaError as problem:
             return JSONResponse(api.error(str(problem), param="messages"), 400)
-        options: dict = {"max_new_tokens": request.longest, "seed": request.seed}
-        if request.temperature > 0:
-            options |= {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
+        options: dict = {"max_new_tokens": request.longest, "temperature": request.temperature, "top_p": request.top_p}
+        options["seed"] = random.getrandbits(31) if request.seed is None else request.seed
         pieces = until_stop(self.engine.stream.remote(messages, pictures, options), request.stops)
         first = await anext(pieces)
         if "refused" in first:

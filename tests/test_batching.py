@@ -1,0 +1,235 @@
+"""The built-in engine: the tokens of `generate`, alone and in any batch, and pictures that are never mistaken."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, LlamaConfig
+
+from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlProcessor, OwlVisionConfig
+from owl_model.answering import generation_config, prompt_inputs
+from owl_model.processing import OwlImageProcessor
+from pipelines.serving.batching import Batching, Picture
+from pipelines.serving.room import Room
+from pipelines.serving.sampling import Sampling, grammar_of, gumbel, keep_likeliest
+from pipelines.serving.virtual import NoRoom, PictureIds
+
+GREEDY = Sampling()
+ROOM = Room(tokens=4096, page=16, batch_tokens=128, requests=8, pictures=16)
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+WORDS = "what color is the circle square ? yes no one two three red large at top-left"
+
+
+def asked(number: int, pictures: int) -> list[dict]:
+    text = " ".join(random.Random(number).choices(WORDS.split(), k=3 + number % 17))
+    return [{"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}]
+
+
+def expected(owl, processor, messages: list[dict], pictures: list[bytes], longest: int) -> list[int]:
+    inputs = prompt_inputs(processor, [messages], [pictures])
+    with torch.no_grad():
+        made = owl.generate(**inputs, generation_config=generation_config(owl, processor, max_new_tokens=longest))
+    return made[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Asking:
+    """An engine, and what it is asked."""
+
+    def __init__(self, owl, processor, room: Room = ROOM, grammars=None):
+        self.processor, self.engine, self.count = processor, Batching(owl, processor.end_id, room, grammars), 0
+
+    async def ask(self, messages, pictures, longest: int, sampling: Sampling = GREEDY, delay: float = 0.0):
+        await asyncio.sleep(delay)
+        self.count += 1
+        name = f"request-{self.count}"
+        ids = self.processor.encode(messages, prompt=True).ids
+        shown = [
+            Picture(hashlib.sha256(data).hexdigest(), self.processor.image_processor.pixels(data)) for data in pictures
+        ]
+        steps = [step async for step in self.engine.submit(name, ids, shown, sampling, longest)]
+        assert steps[-1].finish in ("stop", "length")
+        return [token for step in steps for token in step.tokens], [fact for step in steps for fact in step.told]
+
+
+def parity(owl, processor, count: int) -> None:
+    """Prompts with 0 to 4 pictures, which share some, arriving one after another."""
+    held = [png(seed) for seed in range(6)]
+    jobs = [(asked(n, n % 5), [held[(n + k) % 6] for k in range(n % 5)], 4 + n % 9) for n in range(count)]
+    wanted = [expected(owl, processor, *job) for job in jobs]
+
+    async def run() -> None:
+        asking = Asking(owl, processor)
+        try:
+            made = await asyncio.gather(*(asking.ask(*job, delay=0.01 * n) for n, job in enumerate(jobs)))
+        finally:
+            asking.engine.stop()
+        assert [tokens for tokens, _ in made] == wanted
+        assert asking.engine.stats()["pictures_encoded"] == len(held)
+
+    asyncio.run(run())
+
+
+def test_tokens_equal_generate(pair):
+    parity(*pair, count=24)
+
+
+@pytest.mark.slow
+def test_two_hundred_prompts_equal_generate(pair):
+    parity(*pair, count=200)
+
+
+def test_an_answer_is_the_same_alone_and_in_a_batch(pair):
+    owl, processor = pair
+    picture = png(1)
+    chosen = Sampling(temperature=1.2, seed=7, top_p=0.9, top_k=20, frequency_penalty=0.5, logprobs=3)
+    others = [Sampling(temperature=1.5, seed=n) for n in range(6)]
+
+    async def run():
+        asking = Asking(owl, processor)
+        try:
+            alone = await asking.ask(asked(3, 1), [picture], 12, chosen)
+            crowd = [asking.ask(asked(n, n % 2), [png(n)] * (n % 2), 16, some) for n, some in enumerate(others)]
+            together = await asyncio.gather(asking.ask(asked(3, 1), [picture], 12, chosen, 0.01), *crowd)
+            other_seed = await asking.ask(asked(3, 1), [picture], 12, chosen.model_copy(update={"seed": 8}))
+        finally:
+            asking.engine.stop()
+        return alone, together[0], other_seed
+
+    alone, together, other_seed = asyncio.run(run())
+    assert alone[0] == together[0]
+    assert other_seed[0] != alone[0]
+    assert [fact["token"] for fact in alone[1]] == alone[0]
+    for one, two in zip(alone[1], together[1], strict=True):
+        assert one["logprob"] == pytest.approx(two["logprob"], abs=1e-4)
+        assert len(one["top"]) == 3
+        assert one["logprob"] <= max(value for _, value in one["top"]) + 1e-6
+
+
+def test_a_room_given_to_another_picture_does_not_change_answers(pair):
+    """One room, four pictures by turns: with ids that were used again, answers came from another picture's keys."""
+    owl, processor = pair
+    held = [png(seed) for seed in range(4)]
+    wanted = [expected(owl, processor, asked(0, 1), [data], 8) for data in held]
+    assert len({tuple(tokens) for tokens in wanted}) > 1
+
+    async def run():
+        asking = Asking(owl, processor, ROOM.model_copy(update={"pictures": 1}))
+        try:
+            return [(await asking.ask(asked(0, 1), [held[n % 4]], 8))[0] for n in range(8)]
+        finally:
+            asking.engine.stop()
+
+    assert asyncio.run(run()) == wanted + wanted
+
+
+def test_who_stops_reading_frees_place_and_pictures(pair):
+    owl, processor = pair
+
+    async def run() -> None:
+        asking = Asking(owl, processor, ROOM.model_copy(update={"pictures": 1}))
+        engine = asking.engine
+        try:
+            ids = processor.encode(asked(0, 1), prompt=True).ids
+            shown = [Picture("a", processor.image_processor.pixels(png(0)))]
+            stream = engine.submit("left", ids, shown, Sampling(), 400)
+            await anext(stream)
+            with pytest.raises(NoRoom):
+                engine.pictures.take("b", lambda: torch.zeros_like(engine.pictures.held[0]))
+            await stream.aclose()
+            assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+            assert (await asking.ask(asked(0, 1), [png(1)], 4))[0] == expected_after
+        finally:
+            engine.stop()
+
+    expected_after = expected(owl, processor, asked(0, 1), [png(1)], 4)
+    asyncio.run(run())
+
+
+def test_a_picture_keeps_its_ids_and_others_never_get_them():
+    words = torch.nn.Embedding(10, 4)
+    pictures = PictureIds(words, tokens=2, rooms=2)
+    taken = {}
+    for name in "abcab":
+        value = torch.full((2, 4), float(ord(name)))
+        ids = pictures.take(name, lambda value=value: value)
+        assert taken.setdefault(name, ids) == ids
+        assert torch.equal(pictures(torch.tensor(ids)), value)
+        pictures.let_go(ids)
+    assert sorted(token for ids in taken.values() for token in ids) == list(range(10, 16))
+    assert (pictures.encoded, pictures.known) == (5, 0)
+    assert torch.equal(pictures(torch.tensor([3])), words(torch.tensor([3])))
+
+
+def test_noise_and_limits():
+    assert torch.equal(gumbel(50, 3, 4), gumbel(50, 3, 4))
+    assert not torch.equal(gumbel(50, 3, 4), gumbel(50, 3, 5))
+    row = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    keep_likeliest(row, 2, 1.0)
+    assert row.tolist() == [3.0, -torch.inf, 2.0, -torch.inf]
+    row = torch.tensor([0.5, 0.3, 0.2]).log()
+    keep_likeliest(row, 0, 0.6)
+    assert row.isinf().tolist() == [False, False, True]
+    scores = torch.tensor([0.7, 0.2, 0.1]).log()
+    drawn = torch.stack([(scores + gumbel(3, 0, place)).argmax() for place in range(4000)])
+    assert drawn.bincount().div(4000).tolist() == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
+
+
+def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared):
+    """On a tokenizer with letters; beside requests that are free."""
+    llguidance = pytest.importorskip("llguidance.hf")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data/weights/tinystories-llama/stories260K")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OwlConfig(
+        vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14),
+        abstractor_config=OwlAbstractorConfig(**shape, encoder_hidden_size=32, num_queries=6),
+        text_config=LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=512),
+    )
+    owl = OwlForConditionalGeneration(config).eval()
+    processor = OwlProcessor.for_model(config, OwlImageProcessor(56), tokenizer, "plain")
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["owl", "cat"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["kind", "count"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    held = Sampling(temperature=1.0, seed=3, grammar=grammar_of(schema))
+    grammars = llguidance.from_tokenizer(tokenizer, n_vocab=len(tokenizer))
+
+    async def run():
+        asking = Asking(owl, processor, grammars=grammars)
+        try:
+            alone = await asking.ask(asked(0, 1), [png(0)], 60, held)
+            crowd = [asking.ask(asked(n, 0), [], 40, Sampling(temperature=1.0, seed=n)) for n in range(4)]
+            return alone[0], (await asyncio.gather(asking.ask(asked(0, 1), [png(0)], 60, held, 0.01), *crowd))[0][0]
+        finally:
+            asking.engine.stop()
+
+    alone, together = asyncio.run(run())
+    assert alone == together
+    text = tokenizer.decode(alone, skip_special_tokens=True)
+    answer = json.loads(text)
+    assert set(answer) == {"kind", "count"}
+    assert answer["kind"] in ("owl", "cat")
+    assert 0 <= answer["count"] <= 99
+
+
+def test_a_schema_that_cannot_be_held_to_is_refused():
+    with pytest.raises(ValueError, match="type"):
+        grammar_of({"type": "nonsense"})
