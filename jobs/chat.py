@@ -50,11 +50,11 @@ class Folder:
 class Endpoint:
     """Any OpenAI-compatible endpoint."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, key: str):
         from openai import OpenAI, OpenAIError
 
         try:
-            self.client = OpenAI(base_url=url, api_key="none", max_retries=0)
+            self.client = OpenAI(base_url=url, api_key=key, max_retries=0)
             self.model = next(iter(self.client.models.list())).id
         except OpenAIError as error:
             raise OwlError(f"no endpoint answers at {url}: {error}") from None
@@ -70,7 +70,7 @@ class Endpoint:
             for m in messages
         ]
         for piece in self.client.chat.completions.create(
-            model=self.model, messages=sent, max_tokens=LONGEST, stream=True
+            model=self.model, messages=sent, max_tokens=LONGEST, temperature=0, stream=True
         ):
             if piece.choices:
                 yield piece.choices[0].delta.content or ""

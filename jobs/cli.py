@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs import bench, curation, evaluation
+from jobs import bench, curation, evaluation, serving
 from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
 from jobs.session import prepare_environment, ray_session
 from pipelines import storage
@@ -31,6 +30,8 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(curation.app, name="curate")
 app.add_typer(evaluation.app, name="eval")
+app.add_typer(serving.app)
+app.add_typer(serving.keys, name="keys")
 
 
 @app.command()
@@ -105,29 +106,6 @@ def train(
 
 
 @app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="A model folder.")],
-    port: Annotated[int | None, typer.Option("--port", help="Port to listen on.")] = None,
-    recipe: RecipeName = "real_small",
-    set: Overrides = None,
-) -> None:
-    """Serves a model behind OpenAI's API, on this machine only, until Ctrl-C. Settings: the recipe's `serving`."""
-    from pipelines.serving.serve import build, running
-
-    settings = recipe_of(recipe, set, "serving").serving
-    if port is not None:
-        settings = settings.model_copy(update={"port": port})
-    build(model, settings)  # refuses a missing folder before Ray starts
-    with ray_session(), running(str(Path(model).absolute()), settings) as address:
-        question = {"model": settings.name, "messages": [{"role": "user", "content": "hello"}]}
-        console.print(f"Serving {model} at {address}/v1 as {settings.name!r}. Ctrl-C ends it. Try:")
-        print(f"curl {address}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(question)}'")
-        sys.stdout.flush()
-        while True:
-            time.sleep(1)
-
-
-@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder; leave it out with --url.")] = "",
     url: Annotated[
@@ -136,6 +114,7 @@ def chat(
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="A picture to begin with. May be repeated.")
     ] = None,
+    key: Annotated[str, typer.Option("--key", envvar="OWL_API_KEY", help="The endpoint's API key.")] = "none",
     question: Annotated[str, typer.Option("--question", "-q", help="Ask this one thing and end.")] = "",
     bits: Annotated[int | None, typer.Option("--bits", help="8 or 4: quantizes the folder's language model.")] = None,
 ) -> None:
@@ -144,7 +123,7 @@ def chat(
 
     if bool(model) == bool(url):
         raise OwlError("name either a model folder or --url, not both")
-    talk(Endpoint(url) if url else Folder(model, bits), image or [], question)
+    talk(Endpoint(url, key) if url else Folder(model, bits), image or [], question)
 
 
 @app.command()

@@ -28,6 +28,7 @@ from pipelines.evaluation.metrics import exact_match
 from pipelines.evaluation.report import score_head, score_rows, score_table
 from pipelines.progress import progress
 from pipelines.serving import serve
+from pipelines.serving.keys import new_key
 from pipelines.settings import OwlError
 from pipelines.training.stages import Stage
 from pipelines.training.train import train
@@ -159,15 +160,16 @@ def ask_endpoint(root: Path, model: str, recipe: Recipe) -> list[dict]:
         seen = [path for other in one_of_each.values() for path in other["pictures"]]
         if row["pictures"] and row["type"] not in one_of_each and not {*row["pictures"]} & {*seen}:
             one_of_each[row["type"]] = row
-    with serve.running(model, recipe.serving) as address:
-        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    secret, made = new_key("demo")
+    with serve.running(model, recipe.serving, made) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key=secret)
         return [ask(client, root, recipe.serving.name, row) for row in one_of_each.values()]
 
 
 def ask(client: OpenAI, root: Path, model: str, row: dict) -> dict:
     pictures = [root / "world/heldout" / name for name in row["pictures"]]
     messages = with_pictures(row["messages"], pictures)
-    pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=32, stream=True)
+    pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=32, temperature=0, stream=True)
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices).strip()
     question = " … ".join(m["content"][-1]["text"] for m in row["messages"] if m["role"] == "user")
     right = bool(exact_match(text, row["answer"]))

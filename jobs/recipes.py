@@ -14,7 +14,7 @@ from pipelines.curation.filters import Limits
 from pipelines.curation.likeness import Deduplication
 from pipelines.evaluation.evaluate import Evaluation
 from pipelines.fetching.fetch import Fetching
-from pipelines.serving.serve import Serving
+from pipelines.serving.options import Serving
 from pipelines.settings import SettingError, Settings, refuse_unknown
 from pipelines.training.stages import Lora, Optimization, Stage
 

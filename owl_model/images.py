@@ -26,10 +26,10 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header alone: size and format are known, no pixel is decoded yet."""
+def open_header(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Reads the header alone: size and format are known, no pixel is decoded yet. ``formats`` are those tried."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError("image_bomb", str(error)) from None
     except Exception as error:  # Pillow raises a different class for each kind of damage

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer, LlamaConfig
 from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlProcessor, OwlVisionConfig
 from owl_model.answering import generation_config, prompt_inputs
 from owl_model.processing import OwlImageProcessor
-from pipelines.serving.batching import Batching, Picture
-from pipelines.serving.room import Room
-from pipelines.serving.sampling import Sampling, grammar_of, gumbel, keep_likeliest
-from pipelines.serving.virtual import NoRoom, PictureIds
+from pipelines.serving.batching import Batching
+from pipelines.serving.engine import Ask, Busy, Picture, Sampling, Unfit
+from pipelines.serving.options import Room
+from pipelines.serving.sampling import grammar_of, gumbel, keep_likeliest
+from pipelines.serving.virtual import PictureIds
 
 GREEDY = Sampling()
 ROOM = Room(tokens=4096, page=16, batch_tokens=128, requests=8, pictures=16)
@@ -59,9 +60,10 @@ class Asking:
         name = f"request-{self.count}"
         ids = self.processor.encode(messages, prompt=True).ids
         shown = [
-            Picture(hashlib.sha256(data).hexdigest(), self.processor.image_processor.pixels(data)) for data in pictures
+            Picture(hashlib.sha256(data).hexdigest(), self.processor.image_processor.pixels(data).numpy())
+            for data in pictures
         ]
-        steps = [step async for step in self.engine.submit(name, ids, shown, sampling, longest)]
+        steps = [step async for step in self.engine.submit(Ask(name, ids, shown, sampling, longest))]
         assert steps[-1].finish in ("stop", "length")
         return [token for step in steps for token in step.tokens], [fact for step in steps for fact in step.told]
 
@@ -79,7 +81,7 @@ def parity(owl, processor, count: int) -> None:
         finally:
             asking.engine.stop()
         assert [tokens for tokens, _ in made] == wanted
-        assert asking.engine.stats()["pictures_encoded"] == len(held)
+        assert (await asking.engine.stats())["pictures_encoded"] == len(held)
 
     asyncio.run(run())
 
@@ -113,7 +115,7 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(pair):
     alone, together, other_seed = asyncio.run(run())
     assert alone[0] == together[0]
     assert other_seed[0] != alone[0]
-    assert [fact["token"] for fact in alone[1]] == alone[0]
+    assert len(alone[1]) == len(alone[0])
     for one, two in zip(alone[1], together[1], strict=True):
         assert one["logprob"] == pytest.approx(two["logprob"], abs=1e-4)
         assert len(one["top"]) == 3
@@ -145,13 +147,14 @@ def test_who_stops_reading_frees_place_and_pictures(pair):
         engine = asking.engine
         try:
             ids = processor.encode(asked(0, 1), prompt=True).ids
-            shown = [Picture("a", processor.image_processor.pixels(png(0)))]
-            stream = engine.submit("left", ids, shown, Sampling(), 400)
+            shown = [Picture("a", processor.image_processor.pixels(png(0)).numpy())]
+            stream = engine.submit(Ask("left", ids, shown, Sampling(), 400))
             await anext(stream)
-            with pytest.raises(NoRoom):
+            with pytest.raises(Busy):
                 engine.pictures.take("b", lambda: torch.zeros_like(engine.pictures.held[0]))
             await stream.aclose()
-            assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+            stats = await engine.stats()
+            assert stats["running"] == stats["waiting"] == 0
             assert (await asking.ask(asked(0, 1), [png(1)], 4))[0] == expected_after
         finally:
             engine.stop()
@@ -209,7 +212,7 @@ def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared):
         "additionalProperties": False,
         "x-guidance": {"whitespace_flexible": False},
     }
-    held = Sampling(temperature=1.0, seed=3, grammar=grammar_of(schema))
+    held = Sampling(temperature=1.0, seed=3, schema_=json.dumps(schema))
     grammars = llguidance.from_tokenizer(tokenizer, n_vocab=len(tokenizer))
 
     async def run():
@@ -231,5 +234,5 @@ def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared):
 
 
 def test_a_schema_that_cannot_be_held_to_is_refused():
-    with pytest.raises(ValueError, match="type"):
-        grammar_of({"type": "nonsense"})
+    with pytest.raises(Unfit, match="type"):
+        grammar_of(json.dumps({"type": "nonsense"}))

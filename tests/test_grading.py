@@ -19,7 +19,8 @@ from official import WRITERS
 from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.grading import judge
 from pipelines.evaluation.rating import Ratings, agreement, application, finish, study_of
-from pipelines.serving.serve import Serving, free_port, running
+from pipelines.serving.options import Serving
+from pipelines.serving.serve import free_port, running
 from pipelines.settings import OwlError
 
 
@@ -103,7 +104,7 @@ def test_a_judge_sees_the_picture_where_the_rubric_says_so(owleval):
 @pytest.mark.slow
 def test_our_own_server_can_be_the_judge(cluster, model_folder, owleval):
     """It knows no grades, being untrained: what it says is kept, and counted as unreadable."""
-    with running(model_folder, Serving(port=0, cpus_per_replica=0.5)) as address:
+    with running(model_folder, Serving(port=0, cpus_per_replica=0.5, no_keys=True)) as address:
         found = judge(f"{owleval}/out", f"{address}/v1", "owl")
     assert found["graded"] + found["unreadable"] == 3
 

@@ -1,22 +1,38 @@
-"""OpenAI's chat types, as far as the endpoint speaks them. An unknown field is refused by name, not ignored."""
+"""OpenAI's types, as far as the endpoint speaks them: requests, what answers are put into, and errors.
+
+An unknown field is refused by its name, not ignored: an answer that disregards what was asked is a wrong answer.
+Fields that OpenAI does not have are named as in vLLM where it has them.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 16
+MAX_ANSWER = 65_536
+MAX_MESSAGES = 1024
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
 
 
 class ImageURL(Strict):
-    url: str
+    url: str = Field(min_length=1)
+    """A data: URI, an address of an allowed host, or the id that an upload gave."""
     detail: Literal["auto", "low", "high"] = "auto"
+
+
+class VideoURL(Strict):
+    url: str = Field(min_length=1)
+    """data:video/jpeg;base64, and the frames' base64, with commas between."""
 
 
 class TextPart(Strict):
@@ -29,85 +45,228 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
+class VideoPart(Strict):
+    type: Literal["video_url"]
+    video_url: VideoURL
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
 class Message(Strict):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart | ImagePart]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class ChatRequest(Strict):
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1, le=4096)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
-    user: str | None = None
+class Schema(Strict):
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def a_schema_where_one_is_meant(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and with no other")
+        return self
 
     @property
-    def longest(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or 64
+    def held_to(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer keeps to."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.json_schema.schema_ if self.json_schema else None
+
+
+class Asking(Strict):
+    """What chat and plain completions share."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: str | list[str] | None = None
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    ignore_eos: bool = False
+    """Writes on until max_tokens: for benchmarks."""
+    cache_salt: str | None = Field(default=None, max_length=256)
+    """Requests share what is cached of their prompts only with those of the same key and the same salt."""
+    receipt: bool = False
+    """Asks for what makes the answer repeatable, under "owl"."""
+
+    @model_validator(mode="after")
+    def few_short_stops(self) -> Asking:
+        if len(self.stops) > 4 or any(not 0 < len(stop) <= 256 for stop in self.stops):
+            raise ValueError("stop: at most 4, each of 1 to 256 characters")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream")
+        return self
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-def completion_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
+class ChatRequest(Asking):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    looked: bool = False
+    """Asks where in its pictures the answer looked, under "owl"."""
+
+    @model_validator(mode="after")
+    def top_logprobs_go_with_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
-def completion(request_id: str, model: str, text: str, usage: dict, finish: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
-    head = {"id": request_id, "object": "chat.completion", "created": int(time.time()), "model": model}
-    return {**head, "choices": [choice], "usage": usage}
+class CompletionRequest(Asking):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    echo: Literal[False] = False
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens or 16  # OpenAI's default
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        many = isinstance(self.prompt, list) and (not self.prompt or not isinstance(self.prompt[0], int))
+        return list(self.prompt) if many else [self.prompt]  # type: ignore[arg-type,list-item]
 
 
-def chunk(request_id: str, model: str, delta: dict, finish: str | None = None) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-    head = {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
-    return {**head, "choices": [choice]}
+class TokenizeRequest(Strict):
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+
+    @model_validator(mode="after")
+    def one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        return self
 
 
-def error(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
-async def chained(first: dict, rest: AsyncIterator[dict]) -> AsyncIterator[dict]:
-    yield first
-    async for piece in rest:
-        yield piece
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
 
 
-async def until_stop(pieces, stops: list[str]) -> AsyncIterator[dict]:
-    """Cuts the text at the first stop string. Holds back as many characters as a stop string may still begin in."""
-    held, hidden = "", max((len(stop) for stop in stops), default=1) - 1
-    stopped = False
-    async for piece in pieces:
-        if "text" not in piece:
-            if held and not stopped:
-                yield {"text": held}
-            yield {**piece, "finish": "stop"} if stopped else piece
-            return
-        if stopped:
-            continue
-        held += piece["text"]
-        cut = min((held.index(stop) for stop in stops if stop in held), default=None)
-        if cut is not None:
-            stopped, held = True, held[:cut]
-            if held:
-                yield {"text": held}
-            held = ""
-        elif len(held) > hidden:
-            ready = len(held) - hidden
-            yield {"text": held[:ready]}
-            held = held[ready:]
+class Upload(BaseModel):
+    """As OpenAI's FileObject; the id is made of the picture's content."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["vision"] = "vision"
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class Refusal(Exception):
+    """A request is not answered: the status, OpenAI's error object, and when to try again."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, wait: float = 0):
+        super().__init__(status, message, param, code, wait)
+        self.status, self.message, self.param, self.code, self.wait = status, message, param, code, wait
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, round(self.wait)))} if self.wait else {}
+
+
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class Shape:
+    """The bodies of one answer: whole, and in chunks."""
+
+    def __init__(self, model: str, chat: bool):
+        self.chat = chat
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.head = {"id": self.id, "created": int(time.time()), "model": model}
+
+    def choice(self, index: int, text: str, finish: str | None, logprobs: list[dict] | None) -> dict[str, Any]:
+        shown: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return {"index": index, **shown, "finish_reason": finish, "logprobs": self.logprobs(logprobs)}
+
+    def whole(self, choices: list[dict], usage: dict, more: dict) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices, "usage": usage, **more}
+
+    def chunk(self, index: int, text: str | None, finish: str | None, logprobs: list[dict] | None, first=False) -> dict:
+        if self.chat:
+            delta = {"role": "assistant"} if first else {}
+            shown: dict[str, Any] = {"delta": delta if text is None else {**delta, "content": text}}
+        else:
+            shown = {"text": text or ""}
+        choice = {"index": index, **shown, "finish_reason": finish, "logprobs": self.logprobs(logprobs)}
+        return {**self.head, "object": self.kind_of_chunk, "choices": [choice]}
+
+    def last(self, usage: dict | None, more: dict) -> dict[str, Any]:
+        return {**self.head, "object": self.kind_of_chunk, "choices": [], "usage": usage, **more}
+
+    @property
+    def kind_of_chunk(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def logprobs(self, told: list[dict] | None) -> dict[str, Any] | None:
+        if told is None:
+            return None
+        if self.chat:
+            return {"content": told, "refusal": None}
+        return {
+            "tokens": [entry["token"] for entry in told],
+            "token_logprobs": [entry["logprob"] for entry in told],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in told],
+            "text_offset": [entry["offset"] for entry in told],
+        }
+
+
+def usage_of(prompt: int, answers: int, cached: int) -> dict[str, Any]:
+    details = {"prompt_tokens_details": {"cached_tokens": cached}}
+    return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers, **details}

@@ -7,21 +7,27 @@ It sees token ids and pixels only. Requests join and leave the running batch at 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from functools import partial
-from typing import NamedTuple
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.modeling_outputs import CausalLMOutput
 
-from owl_model import OwlForConditionalGeneration
+from owl_model import OwlForConditionalGeneration, OwlProcessor
 from owl_model.adaptive import sort_rows
 from pipelines.serving import attention
-from pipelines.serving.room import Room
-from pipelines.serving.sampling import Choice, Sampling
+from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
+from pipelines.serving.options import Room
+from pipelines.serving.sampling import Choice, grammar_of
+from pipelines.serving.shared import Shared, There
 from pipelines.serving.virtual import PictureIds
 from pipelines.settings import OwlError
+
+log = logging.getLogger("owl.serving")
 
 
 class Decoder(PreTrainedModel, GenerationMixin):
@@ -34,6 +40,8 @@ class Decoder(PreTrainedModel, GenerationMixin):
         super().__init__(owl.config.text_config)
         self.model, self.lm_head, self.pictures = owl.model.language_model, owl.lm_head, pictures
         self.adaptive = owl.config.modality_adaptive
+        self.before: Callable[[], None] = lambda: None
+        """Called before each step."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,42 +50,47 @@ class Decoder(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | int = 0, **kwargs) -> CausalLMOutput:
         """[1, L] → logits [1, L', V]"""
+        self.before()
+        ids = self.pictures.plain(input_ids)
         if self.adaptive:
-            kwargs["rows"] = sort_rows(input_ids >= self.pictures.first)
-        hidden = self.model(inputs_embeds=self.pictures(input_ids), **kwargs).last_hidden_state
+            kwargs["rows"] = sort_rows(ids >= self.pictures.first)
+        hidden = self.model(inputs_embeds=self.pictures(ids), **kwargs).last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutput(logits=self.lm_head(hidden[:, keep]))
 
 
-class Picture(NamedTuple):
-    digest: str
-    """Of pixels and of how they were made: what is equal here is one picture."""
-    pixels: torch.Tensor
-    """[3, S, S]"""
+def grammars_of(processor: OwlProcessor, owl: OwlForConditionalGeneration) -> Any:
+    """llguidance's tokenizer of a model's, or None where its kind of tokenizer is unknown to it."""
+    from llguidance.hf import from_tokenizer
 
-
-class Step(NamedTuple):
-    """What came of a step for a request."""
-
-    tokens: list[int]
-    told: list[dict]
-    """What was asked to be told of these tokens' probabilities."""
-    finish: str | None
-    """"stop" or "length" with the last tokens."""
+    try:
+        return from_tokenizer(processor.tokenizer, n_vocab=owl.config.text_config.vocab_size)
+    except Exception as error:
+        log.warning("response_format cannot be held to: %s", error)
+        return None
 
 
 class Batching:
     """The engine. Made and used on one event loop; it computes in a thread of its own."""
 
-    def __init__(self, owl: OwlForConditionalGeneration, end: int, room: Room, grammars=None):
-        """``end`` is the token that closes an answer. Raises OwlError for a model with attention of its own."""
+    def __init__(
+        self,
+        owl: OwlForConditionalGeneration,
+        end: int,
+        room: Room,
+        grammars: Any = None,
+        shared: Shared | There | None = None,
+    ):
+        """``end`` is the token that closes an answer, ``grammars`` llguidance's tokenizer, ``shared`` where pictures'
+        embeddings are shared with other engines. Raises OwlError for a model with attention of its own."""
         text = owl.config.text_config
         if not getattr(owl.model.language_model, "_supports_attention_backend", False):
             raise OwlError(f"{text.model_type} brings its own attention, which cannot be batched continuously")
-        self.owl, self.end = owl.eval(), end
-        words = owl.get_input_embeddings()
-        self.pictures = PictureIds(words, owl.config.visual_tokens, room.pictures)
+        self.owl, self.end, self.room, self.shared = owl.eval(), end, room, shared
+        self.media = (owl.config.image_token_id, owl.config.video_token_id)
+        self.pictures = PictureIds(owl.get_input_embeddings(), owl.config.visual_tokens, room.pictures)
         self.decoder = Decoder(owl, self.pictures).eval()
+        self.decoder.before = self.count_cached
         settings = ContinuousBatchingConfig(
             page_size=room.page,
             num_blocks=room.tokens // room.page,
@@ -92,78 +105,177 @@ class Batching:
         )
         if self.decoder.device.type == "cpu":
             self.decoder.set_attn_implementation(attention.register())
-        self.choice = Choice([owl.config.image_token_id, owl.config.video_token_id], end, grammars)
+        self.choice = Choice(list(self.media), end, grammars)
         steps = self.manager.logit_processor
         steps.logits_processor.append(self.choice)
         steps.tensors_required += 1
         steps.do_processing = True
         steps._retrieve_processors_kwargs()
+        self.cached: dict[str, int] = {}
+        """Request → tokens of its prompt that were in the cache."""
+        self.asked = 0
+        """Requests that are here."""
+        self.counts = {"prompt_tokens": 0, "cached_tokens": 0}
         self.manager.start()
 
-    async def submit(
-        self, name: str, ids: Sequence[int], pictures: Sequence[Picture], sampling: Sampling, longest: int
-    ) -> AsyncIterator[Step]:
-        """Answers ``ids``, in which each picture stands as a run of the placeholder, until the answer ends or has
-        ``longest`` tokens. Whoever stops reading cancels it. Raises NoRoom, and RuntimeError where the engine fails."""
-        taken = [await asyncio.to_thread(self.pictures.take, p.digest, partial(self.encode, p)) for p in pictures]
-        arrived: asyncio.Queue = asyncio.Queue()
-        self.manager.register_result_handler(name, arrived.put_nowait)
-        self.manager.add_request(
-            self.with_pictures(ids, taken),
-            request_id=name,
-            max_new_tokens=longest,
-            streaming=True,
-            eos_token_id=self.end,
-            sampling=sampling,
-        )
-        told, over = 0, False
+    async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
+        """As of engine.Engine."""
+        self.refuse_unfit(ask)
+        if self.asked >= self.room.requests + self.room.queue:
+            raise Busy(f"{self.asked} requests are being answered or wait; no more are taken")
+        self.asked += 1
+        taken: list[list[int]] = []
+        over, submitted = False, False
         try:
+            for picture in ask.pictures:
+                taken.append(await self.take(picture))
+            arrived: asyncio.Queue = asyncio.Queue()
+            self.manager.register_result_handler(ask.name, arrived.put_nowait)
+            submitted = True
+            self.manager.add_request(
+                self.with_pictures(ask, taken),
+                request_id=ask.name,
+                max_new_tokens=ask.longest,
+                streaming=True,
+                eos_token_id=-1 if ask.sampling.ignore_end else self.end,
+                sampling=ask.sampling,
+            )
+            told = 0
             while not over:
                 output = await arrived.get()
+                while not arrived.empty():  # all that came while nobody read is one step
+                    output = arrived.get_nowait()
                 if output.error:
-                    raise RuntimeError(output.error)
+                    raise Died(output.error)
                 over = output.is_finished()
                 tokens = output.generated_tokens[told:]
-                facts = self.choice.told.get(name, [])[told : told + len(tokens)]
-                told += len(tokens)
+                facts = self.choice.told.get(ask.name, [])[told : told + len(tokens)]
                 finish = None
                 if over:
                     finish = "stop" if tokens and tokens[-1] == self.end else "length"
-                yield Step(tokens, facts, finish)
+                cached = self.cached.get(ask.name, 0) if not told else 0
+                told += len(tokens)
+                if tokens or over:
+                    yield Step(tokens, facts, finish, cached)
         finally:
-            if not over:
-                await self.cancel(name)
-            self.choice.forget(name)
+            if submitted and not over:
+                await asyncio.shield(self.cancel(ask.name))
+            self.choice.forget(ask.name)
+            if ask.name in self.cached:
+                self.counts["prompt_tokens"] += len(ask.ids)
+                self.counts["cached_tokens"] += self.cached.pop(ask.name)
             for some in taken:
                 self.pictures.let_go(some)
+            self.asked -= 1
+
+    def refuse_unfit(self, ask: Ask) -> None:
+        """Raises Unfit for what would never be answered, or would end the engine."""
+        words = [token for token in ask.ids if token not in self.media]
+        if not ask.ids or not all(0 <= token < self.pictures.first for token in words):
+            raise Unfit(f"the prompt must be of token ids from 0 to {self.pictures.first - 1}")
+        if len(ask.ids) + ask.longest > self.longest:
+            raise Unfit(f"the prompt has {len(ask.ids)} tokens, of {self.longest} that prompt and answer may have")
+        runs = len(ask.ids) - len(words)
+        if runs != len(ask.pictures) * self.pictures.tokens:
+            raise Unfit(f"the prompt has {runs} placeholders, for {len(ask.pictures)} pictures")
+        if ask.sampling.schema_:
+            if self.choice.grammars is None:
+                raise Unfit("response_format: this engine has no grammars")
+            grammar_of(ask.sampling.schema_)
+        if ask.adapter:
+            raise Unfit("the built-in engine has no adapters")
+
+    @property
+    def longest(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return min(getattr(self.owl.config.text_config, "max_position_embeddings", 1 << 30), self.room.tokens)
+
+    async def take(self, picture: Picture) -> list[int]:
+        """The picture's ids; its embeddings come from the shelf where another engine made them, or go there."""
+        ready = None
+        if self.shared and not self.pictures.holds(picture.digest):
+            ready = await self.shared.embeddings(picture.digest)
+        made: list[torch.Tensor] = []
+
+        def encode() -> torch.Tensor:
+            if ready is not None:
+                self.pictures.encoded -= 1
+                return torch.from_numpy(ready).to(self.owl.device)
+            made.append(self.encode(picture))
+            return made[0]
+
+        try:
+            ids = await asyncio.to_thread(self.pictures.take, picture.digest, encode)
+        except ValueError as error:
+            raise Unfit(str(error)) from None
+        if made and self.shared:
+            await self.shared.keep_embeddings(picture.digest, made[0].float().cpu().numpy())
+        return ids
 
     async def cancel(self, name: str) -> None:
         """Takes a request out, and waits until no step can still read its pictures: their room may be given away then,
         and keys and values made of another picture's would be kept under these ids."""
         self.manager.cancel_request(name)
-        scheduler = self.manager.batch_processor.scheduler
-        while name in scheduler.active_requests or name in scheduler.waiting_requests:
+        scheduler = self.manager.batch_processor.scheduler if self.manager.batch_processor else None
+        away = 0
+        while scheduler and away < 2 and self.manager.is_running():  # once may be on its way from the queue to there
+            known = name in scheduler.active_requests or name in scheduler.waiting_requests
+            away = 0 if known or not self.manager.cancel_queue.empty() else away + 1
             await asyncio.sleep(0.005)
         self.manager.output_router.result_handlers.pop(name, None)
 
     @torch.no_grad()
     def encode(self, picture: Picture) -> torch.Tensor:
-        """[tokens, D]"""
-        return self.owl.get_image_features(picture.pixels.unsqueeze(0).to(self.owl.device)).pooler_output[0]
+        """[tokens, D]. Raises ValueError where the model cannot read it."""
+        pixels = torch.from_numpy(picture.pixels).unsqueeze(0).to(self.owl.device)
+        read = self.owl.get_image_features if pixels.ndim == 4 else self.owl.model.get_video_features
+        return read(pixels).pooler_output[0]
 
-    def with_pictures(self, ids: Sequence[int], taken: Sequence[list[int]]) -> list[int]:
-        """Placeholders replaced by the pictures' own ids, in reading order."""
+    def with_pictures(self, ask: Ask, taken: Sequence[list[int]]) -> list[int]:
+        """Placeholders replaced by the pictures' own ids, in reading order; the first token salted."""
         coming = iter([token for some in taken for token in some])
-        return [next(coming) if token == self.owl.config.image_token_id else token for token in ids]
+        ids = [next(coming) if token in self.media else token for token in ask.ids]
+        if ask.salt or ask.adapter:
+            ids[0] = self.pictures.salt(f"{ask.salt}\0{ask.adapter}", ids[0])
+        return ids
 
-    def stats(self) -> dict[str, int]:
-        scheduler = self.manager.batch_processor.scheduler if self.manager.batch_processor else None
+    def in_batch(self) -> list[FutureRequestState]:
+        """The requests of the step that is being computed, in the order of its rows."""
+        processor = self.manager.batch_processor
+        return processor.inputs_and_outputs.requests_in_batch if processor else []
+
+    def count_cached(self) -> None:
+        for request in self.in_batch():
+            state = request.state
+            self.cached.setdefault(state.request_id, state.position_offset - request.query_length)
+
+    async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
+        """As of engine.Engine."""
+        raise Unfit("the built-in engine cannot tell yet")
+
+    async def stats(self) -> dict[str, float]:
+        """As of engine.Engine."""
+        processor = self.manager.batch_processor
+        scheduler = processor.scheduler if processor else None
+        running = len(scheduler.active_requests) if scheduler else 0
+        cache = processor.cache if processor else None
+        share = 1 - cache.compute_free_capacity() if cache else 0.0
         return {
-            "running": len(scheduler.active_requests) if scheduler else 0,
-            "waiting": (len(scheduler.waiting_requests) if scheduler else 0) + self.manager.input_queue.qsize(),
+            "running": running,
+            "waiting": self.asked - running,
+            "cache": share,
             "pictures_encoded": self.pictures.encoded,
             "pictures_known": self.pictures.known,
+            **self.counts,
         }
+
+    async def check(self) -> None:
+        if not self.manager.is_running():
+            raise RuntimeError("the engine has stopped")
+
+    async def drain(self) -> None:
+        while self.asked:
+            await asyncio.sleep(0.05)
 
     def stop(self) -> None:
         self.manager.stop(block=True)

@@ -1,79 +1,107 @@
-"""The engine's place on Ray Serve: a replica that holds a model folder and answers requests as streams of text.
+"""What an engine is to the gateway: token ids and pixels in, a stream of tokens out.
 
-Words become token ids and pictures pixels here; the engine proper (batching.py) sees nothing else.
+The built-in one is batching.py, vLLM's is vllm_engine.py. An engine is asked where it runs, in the gateway's own
+process, or, on Ray Serve, through `Replicas`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from typing import NamedTuple, Protocol
 
-import torch
-from ray import serve
-from tokenizers.decoders import DecodeStream
-
-from owl_model.answering import load
-from pipelines.serving.batching import Batching, Picture, Room
-from pipelines.serving.sampling import Sampling
-from pipelines.serving.virtual import NoRoom
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 
-@serve.deployment
-class Engine:
-    def __init__(self, model: str, room: dict):
-        self.owl, self.processor = load(model)
-        self.engine = Batching(self.owl, self.processor.end_id, Room(**room))
+class Sampling(BaseModel):
+    """One request's way of choosing tokens. The same values give the same answer."""
 
-    async def stream(self, messages: list[dict], pictures: list[bytes], options: dict) -> AsyncIterator[dict]:
-        """Yields {"text": …} pieces, then {"usage": …, "finish": "stop" | "length"}, or {"refused": …} alone."""
-        try:
-            encoded = self.processor.encode(messages, prompt=True)
-            if encoded.images != len(pictures):
-                raise ValueError(f"the conversation shows {encoded.images} pictures, but {len(pictures)} were given")
-            shown = await asyncio.to_thread(lambda: [self.picture(data) for data in pictures])
-        except ValueError as error:
-            yield {"refused": str(error)}
-            return
-        length = len(encoded.ids)
-        room = getattr(self.owl.config.text_config, "max_position_embeddings", 1 << 30) - length
-        if room < 1:
-            yield {"refused": f"the conversation takes {length} tokens, more than the model can hold"}
-            return
-        longest = min(options["max_new_tokens"], room)
-        sampling = Sampling(**{name: value for name, value in options.items() if name != "max_new_tokens"})
-        words, made, finish = Words(self.processor.tokenizer), 0, "stop"
-        try:
-            async for step in self.engine.submit(uuid.uuid4().hex, encoded.ids, shown, sampling, longest):
-                made += len(step.tokens)
-                finish = step.finish or finish
-                if text := words.after(step.tokens):
-                    yield {"text": text}
-        except NoRoom as error:
-            yield {"refused": str(error)}
-            return
-        usage = {"prompt_tokens": length, "completion_tokens": made, "total_tokens": length + made}
-        yield {"usage": usage, "finish": finish}
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def picture(self, data: bytes) -> Picture:
-        """Raises ValueError where the bytes are no picture."""
-        pixels = self.processor.image_processor.pixels(data)
-        return Picture(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels)
-
-    def check_health(self) -> None:
-        if not torch.isfinite(self.owl.lm_head.weight[0]).all():
-            raise RuntimeError("the model's weights are not finite")
-        if not self.engine.manager.is_running():
-            raise RuntimeError("the engine has stopped")
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """0 takes the likeliest token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 considers all tokens."""
+    seed: int = 0
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    """How many of the likeliest tokens are told at each place, beside the one taken; None tells nothing."""
+    schema_: str = ""
+    """A JSON schema, as JSON, that the answer keeps to; "" allows all."""
+    ignore_end: bool = False
+    """Never ends before the longest."""
 
 
-class Words:
-    """Text of tokens as they come: a piece for as many as make whole characters."""
+class Picture(NamedTuple):
+    digest: str
+    """Of the pixels: what is equal here is one picture."""
+    pixels: np.ndarray
+    """[3, S, S]; a video's frames [T, 3, S, S]"""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer.backend_tokenizer
-        self.decoder = DecodeStream(skip_special_tokens=True)
 
-    def after(self, tokens: list[int]) -> str:
-        return "".join(self.decoder.step(self.tokenizer, token) or "" for token in tokens)
+class Ask(NamedTuple):
+    """One answer to be made."""
+
+    name: str
+    ids: list[int]
+    """The prompt; each picture stands in it as a run of the placeholder."""
+    pictures: list[Picture]
+    sampling: Sampling
+    longest: int
+    salt: str = ""
+    """Keys and values of a prompt are shared among asks of the same salt only."""
+    adapter: str = ""
+    """A LoRA adapter's folder; "" for the model itself."""
+
+
+class Step(NamedTuple):
+    """What came since the last one."""
+
+    tokens: list[int]
+    told: list[dict]
+    """What was asked to be told of these tokens: {"logprob", "top": [(token, logprob)]} for each."""
+    finish: str | None
+    """"stop" or "length" with the last tokens."""
+    cached: int = 0
+    """Tokens of the prompt whose keys and values were there already; told with the first."""
+
+
+class Busy(RuntimeError):
+    """The engine holds as much as it can; later it will not."""
+
+
+class Unfit(ValueError):
+    """The engine cannot answer this request, now or later."""
+
+
+class Died(RuntimeError):
+    """The engine went away in the midst of an answer."""
+
+
+class Engine(Protocol):
+    def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
+        """The answer's tokens as they come. Whoever closes the stream cancels the rest. Raises Busy, Unfit or Died."""
+        ...
+
+    async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
+        """For each picture [rows, columns] of where the answer's tokens looked, summing to 1. Raises Unfit."""
+        ...
+
+    async def stats(self) -> dict[str, float]:
+        """running, waiting, cache (a share), and counts since the start: pictures_encoded, pictures_known,
+        prompt_tokens, cached_tokens."""
+        ...
+
+    async def check(self) -> None:
+        """Raises RuntimeError where it cannot answer any more."""
+        ...
+
+    async def drain(self) -> None:
+        """Ends when all that was submitted has been answered."""
+        ...
+
+    def stop(self) -> None:
+        """Ends it now."""
+        ...

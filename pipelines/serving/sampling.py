@@ -8,32 +8,14 @@ alone and in any batch.
 
 from __future__ import annotations
 
-import json
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-
-class Sampling(BaseModel):
-    """One request's way of choosing tokens. The same values give the same answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    """0 takes the likeliest token."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """0 considers all tokens."""
-    seed: int = 0
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logprobs: int | None = Field(default=None, ge=0, le=20)
-    """How many of the likeliest tokens are told at each place, beside the one taken; None tells nothing."""
-    grammar: str = ""
-    """llguidance's grammar of what may be written; "" allows all."""
+from pipelines.serving.engine import Sampling, Unfit
 
 
 class Choice(ContinuousBatchingLogitsProcessor):
@@ -49,7 +31,7 @@ class Choice(ContinuousBatchingLogitsProcessor):
         self.end, self.grammars = end, grammars
         self.rows: list[tuple[str, Sampling, list[int]]] = []
         self.told: dict[str, list[dict]] = {}
-        """Request → for each of its tokens {"token", "logprob", "top": [(token, logprob)]}, where asked for."""
+        """Request → for each of its tokens {"logprob", "top": [(token, logprob)]}, where asked for."""
         self.matchers: dict[str, tuple[Any, int]] = {}
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
@@ -77,8 +59,10 @@ class Choice(ContinuousBatchingLogitsProcessor):
         if made and (sampling.presence_penalty or sampling.frequency_penalty):
             tokens, counts = torch.tensor(made).unique(return_counts=True)
             row[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if sampling.grammar:
-            self.mask(row, request, sampling.grammar, made)
+        if sampling.schema_:
+            self.mask(row, request, grammar_of(sampling.schema_), made)
+        if sampling.ignore_end:
+            row[self.end] = -torch.inf
         if sampling.temperature:
             row /= sampling.temperature
             keep_likeliest(row, sampling.top_k, sampling.top_p)
@@ -102,7 +86,7 @@ class Choice(ContinuousBatchingLogitsProcessor):
     def tell(self, request: str, raw: torch.Tensor, token: int, count: int) -> None:
         values, tokens = raw.topk(count)
         top = list(zip(tokens.tolist(), values.tolist(), strict=True))
-        self.told.setdefault(request, []).append({"token": token, "logprob": float(raw[token]), "top": top})
+        self.told.setdefault(request, []).append({"logprob": float(raw[token]), "top": top})
 
     def forget(self, request: str) -> None:
         self.told.pop(request, None)
@@ -133,11 +117,16 @@ def gumbel(size: int, seed: int, position: int) -> torch.Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def grammar_of(schema: dict) -> str:
-    """llguidance's grammar of a JSON schema. Raises ValueError where it cannot be held to."""
+@lru_cache(maxsize=256)
+def grammar_of(schema: str) -> str:
+    """llguidance's grammar of a JSON schema, given as JSON. Raises Unfit where it cannot be held to."""
     from llguidance import LLMatcher
 
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    if problem := LLMatcher.validate_grammar(grammar):
-        raise ValueError(str(problem))
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema)
+        problem = LLMatcher.validate_grammar(grammar)
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    if problem:
+        raise Unfit(f"response_format: this JSON schema cannot be held to: {str(problem)[:200]}")
     return grammar

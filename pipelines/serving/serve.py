@@ -1,100 +1,339 @@
-"""A model folder behind OpenAI's API: an ingress that checks requests, and autoscaling engine replicas."""
+"""A model folder → an OpenAI-compatible endpoint.
+
+On Ray Serve: gateway replicas, which hold no weights, check requests, decode pictures and write; engine replicas, which
+come and go with the load, compute; and one small process knows what all of them share. On one machine without Ray:
+gateway and engine in one process under uvicorn. The gateway is the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import random
+import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, TypeVar
 
+import numpy as np
 import ray
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+import uvicorn
+from pydantic import BaseModel, ValidationError
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from pipelines import storage
-from pipelines.serving import api
-from pipelines.serving.api import chained, until_stop
-from pipelines.serving.media import MediaError, split_media
-from pipelines.serving.room import Room
+from pipelines.serving.engine import Ask, Busy, Died, Engine, Step, Unfit
+from pipelines.serving.keys import Key, read_keys
+from pipelines.serving.options import Serving
+from pipelines.serving.shared import Shared, There
 from pipelines.settings import OwlError, Settings
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("owl.serving")
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-web = FastAPI(title="Owl", summary="A vision-language model behind OpenAI's API")
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
-@web.exception_handler(RequestValidationError)
-async def invalid(request: Request, problem: RequestValidationError) -> JSONResponse:
-    first = problem.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return JSONResponse(api.error(f"{place}: {first['msg']}", param=place or None), 400)
+# --- one process -----------------------------------------------------------------------------------------------------
 
 
-class Serving(Settings):
-    """How a model is served."""
+def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine:
+    """The engine that the settings name, with a model folder in it."""
+    if settings.engine == "vllm":
+        from pipelines.serving.vllm_engine import VllmEngine
 
-    name: str = "owl"
-    """The model's name in requests."""
-    host: str = "127.0.0.1"
-    """Address to listen on; other machines reach it only if you change this."""
-    port: int = 8000
-    """Port to listen on; 0 takes a free one."""
-    min_replicas: int = 1
-    """Fewest engine replicas; 0 lets an idle endpoint sleep."""
-    max_replicas: int = 1
-    """Most engine replicas."""
-    cpus_per_replica: float = 1
-    """CPUs of a replica."""
-    gpus_per_replica: float = 0
-    """GPUs of a replica."""
-    max_ongoing: int = 8
-    """Requests that one replica works on at once."""
-    room: Room = Room()
-    """What a replica's engine holds at once."""
-    max_queued: int = 64
-    """Requests that may wait; more are answered 503 at once."""
+        return VllmEngine(model, settings)
+    import torch
+
+    from owl_model.answering import load
+    from pipelines.serving.batching import Batching, grammars_of
+
+    owl, processor = load(model)
+    if settings.precision == "bf16":
+        owl.to(torch.bfloat16)
+    return Batching(owl, processor.end_id, settings.room, grammars_of(processor, owl), shared)
 
 
-def build(model: str, settings: Serving) -> serve.Application:
-    """The Serve application. Raises OwlError where there is no model folder."""
-    if not storage.exists(f"{model}/config.json"):
-        raise OwlError(f"no model folder at {model!r}: it has no config.json")
-    from pipelines.serving.engine import Engine  # brings torch, which settings need not wait for
+def open_gateway(
+    model: str,
+    settings: Serving,
+    engine: Engine,
+    shared: Shared | There,
+    keys: dict[str, Key] | None,
+    proxied: bool = False,
+) -> Any:
+    """The ASGI application in front of an engine."""
+    from pipelines.serving.gateway import Gateway
+    from pipelines.serving.meters import Meters
+    from pipelines.serving.models import Models
+    from pipelines.serving.web import application
 
-    engine = Engine.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=settings.max_ongoing,
-        max_queued_requests=settings.max_queued,
+    meters = Meters(f"{os.uname().nodename}-{os.getpid()}")
+    return application(Gateway(Models(model, settings), settings, engine, shared, keys, meters), proxied)
+
+
+def shared_of(settings: Serving) -> Shared:
+    return Shared(settings.media.upload_megabytes << 20, settings.media.embedding_megabytes << 20)
+
+
+def keys_of(settings: Serving, made: Key | None) -> dict[str, Key] | None:
+    """Hash → key; ``made`` is the one key of an endpoint without a file of them. Raises OwlError."""
+    if settings.no_keys:
+        return None
+    if settings.keys:
+        return read_keys(settings.keys)
+    if made is None:
+        raise OwlError("an endpoint needs keys: a file of them (owl keys add NAME --file FILE), or no_keys=true")
+    return {made.sha256: made}
+
+
+async def alone(model: str, settings: Serving, made: Key | None, started: Any = None) -> None:
+    """Gateway and engine in this process, until it is told to stop. ``started`` is called with the address."""
+    refuse_no_model(model)
+    keys = keys_of(settings, made)
+    shared = shared_of(settings)
+    engine = open_engine(model, settings, shared)
+    web = open_gateway(model, settings, engine, shared, keys)
+    port = free_port(settings.host, settings.port)
+    server = uvicorn.Server(uvicorn_config(web, settings, port))
+    if started:
+        started(f"http://{settings.host}:{port}")
+    try:
+        await server.serve()
+    finally:
+        await web.state.gateway.close()
+        engine.stop()
+
+
+def uvicorn_config(web: Any, settings: Serving, port: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        web,
+        host=settings.host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        http="h11",  # refuses headers beyond 64 KB, which httptools takes
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+    )
+
+
+# --- Ray Serve -------------------------------------------------------------------------------------------------------
+
+
+@serve.deployment
+class EngineReplica:
+    """An engine in a process of its own, with what Serve asks of a replica."""
+
+    def __init__(self, model: str, settings: dict, shared: DeploymentHandle):
+        self.engine = open_engine(model, Serving(**settings), There(shared))
+
+    async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
+        steps = self.engine.submit(Ask(*ask))
+        try:
+            async for step in steps:
+                yield step
+        finally:
+            await steps.aclose()
+
+    async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
+        return await self.engine.looked(Ask(*ask), answer)
+
+    async def stats(self) -> dict[str, float]:
+        return await self.engine.stats()
+
+    async def check_health(self) -> None:
+        await self.engine.check()
+
+    async def check(self) -> None:
+        await self.engine.check()
+
+
+class Replicas:
+    """Engine replicas as one engine."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self.handle, self.streams = handle, handle.options(stream=True)
+
+    async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
+        steps = None
+        try:
+            steps = self.streams.submit.remote(ask)
+            async for step in steps:
+                yield step
+        except (Busy, Unfit, Died) as problem:
+            raise known_cause(problem) from None
+        except BackPressureError:
+            raise Busy("too many requests wait already") from None
+        except (RayError, DeploymentUnavailableError) as problem:
+            log.warning("%s: %s", ask.name, type(problem).__name__)
+            raise Died("the engine replica went away") from None
+        finally:
+            if steps is not None:
+                steps.cancel()
+
+    async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
+        try:
+            return await self.handle.looked.remote(ask, answer)
+        except Unfit as problem:
+            raise known_cause(problem) from None
+
+    async def stats(self) -> dict[str, float]:
+        return await self.handle.stats.remote()
+
+    async def check(self) -> None:
+        await self.handle.check.remote()
+
+    async def drain(self) -> None:
+        """Serve drains replicas by itself."""
+
+    def stop(self) -> None:
+        """Serve ends replicas by itself."""
+
+
+def known_cause(problem: Exception) -> Exception:
+    """Ray wraps what a replica raised; its message is a whole traceback."""
+    return getattr(problem, "cause", None) or problem
+
+
+@serve.deployment
+@serve.ingress()
+class GatewayReplica:
+    """Routes, keys, pictures and words, in front of the engine replicas."""
+
+    def __init__(
+        self,
+        model: str,
+        settings: dict,
+        engine: DeploymentHandle,
+        shared: DeploymentHandle,
+        made: dict | None,
+    ):
+        chosen = Serving(**settings)
+        keys = keys_of(chosen, Key(**made) if made else None)
+        self.web = open_gateway(model, chosen, Replicas(engine), There(shared), keys, proxied=True)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.web
+
+
+def build(model: str, settings: Serving, made: Key | None = None) -> serve.Application:
+    """The Serve application. Raises OwlError where there is no model folder, or no key."""
+    refuse_no_model(model)
+    keys_of(settings, made)
+    given = settings.model_dump()
+    actors = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
+    ongoing = settings.room.requests + settings.room.queue
+    shared = serve.deployment(Shared).options(
+        name="Shared", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
+    )
+    shared = shared.bind(settings.media.upload_megabytes << 20, settings.media.embedding_megabytes << 20)
+    engine = EngineReplica.options(  # type: ignore[attr-defined]
+        name="Engine",
+        max_ongoing_requests=ongoing,
+        max_queued_requests=settings.room.queue or 1,
         autoscaling_config={
             "min_replicas": settings.min_replicas,
             "initial_replicas": max(1, settings.min_replicas),
             "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": max(1, settings.max_ongoing // 2),
+            "target_ongoing_requests": settings.target_ongoing,
+            "upscale_delay_s": settings.upscale_seconds,
+            "downscale_delay_s": settings.downscale_seconds,
         },
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
-    ).bind(model, settings.room.model_dump())
-    return Ingress.bind(engine, settings.name)  # type: ignore[attr-defined]
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options=actors,
+        logging_config=QUIET,
+    ).bind(model, given, shared)
+    return GatewayReplica.options(  # type: ignore[attr-defined]
+        name="Gateway",
+        num_replicas=settings.gateways,
+        max_ongoing_requests=4096,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        ray_actor_options={"num_cpus": settings.gateway_cpus},
+        logging_config=QUIET,
+    ).bind(model, given, engine, shared, made.model_dump() if made else None)
 
 
 @contextlib.contextmanager
-def running(model: str, settings: Serving) -> Iterator[str]:
+def running(model: str, settings: Serving, made: Key | None = None) -> Iterator[str]:
     """Deploys, yields the endpoint's address, and takes it down. Raises OwlError where the port is taken, or where this
     Ray serves already: its port would stay what it is."""
-    application = build(model, settings)
+    app = build(model, settings, made)
     if any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise OwlError("Ray Serve runs on this cluster already; end it with `serve shutdown`, or use another cluster")
     port = free_port(settings.host, settings.port)
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(http_options={"host": settings.host, "port": port}, logging_config=quiet)
-    serve.run(application, name=settings.name, route_prefix="/", logging_config=quiet)
+    serve.start(http_options={"host": settings.host, "port": port}, logging_config=QUIET)
+    serve.run(app, name=settings.name, route_prefix="/", logging_config=QUIET)
     try:
         yield f"http://{settings.host}:{port}"
     finally:
         serve.shutdown()
+
+
+class Deployed(Settings):
+    """The args of an application in a Serve config file."""
+
+    model: str
+    """A model folder that all machines see."""
+    serving: Serving = Serving()
+    """As in a recipe; host and port stand in the file's http_options."""
+
+
+def from_config(args: dict[str, Any]) -> serve.Application:
+    """What a Serve config file's import_path names. Raises OwlError for an unknown setting, by its name."""
+    chosen = checked(Deployed, args, "args")
+    return build(chosen.model, chosen.serving)
+
+
+def deploy(path: str) -> str:
+    """Deploys a Serve config file, refusing what Serve would disregard; returns the address. A later file of the same
+    application replaces its replicas one after another."""
+    import yaml
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    told = yaml.safe_load(storage.read_bytes(path))
+    refuse_unknown(told, ServeDeploySchema, path)
+    refuse_unknown(told.get("http_options", {}), HTTPOptions, f"{path}, http_options")
+    for number, given in enumerate(told.get("applications", [])):
+        refuse_unknown(given, ServeApplicationSchema, f"{path}, applications.{number}")
+        checked(Deployed, given.get("args", {}), f"{path}, applications.{number}.args")
+    schema = checked(ServeDeploySchema, told, path)
+    options = {"host": "127.0.0.1", **told.get("http_options", {})}
+    serve.start(http_options=options, logging_config=QUIET)
+    client = _get_global_client()
+    client.deploy_apps(schema, _blocking=True)
+    return f"http://{options['host']}:{options.get('port', 8000)}"
+
+
+def refuse_unknown(given: Any, schema: type[BaseModel], place: str) -> None:
+    """Serve accepts misspelt keys, and disregards them."""
+    if not isinstance(given, dict):
+        raise OwlError(f"{place}: a mapping is meant to stand here")
+    for name in given:
+        if name not in schema.model_fields:
+            raise OwlError(f"{place}: there is no {name!r}; there are {', '.join(schema.model_fields)}")
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def checked(schema: type[Schema], given: Any, place: str) -> Schema:
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise OwlError(f"{place}: {name}: {first['msg']}") from None
+
+
+def refuse_no_model(model: str) -> None:
+    if not storage.exists(f"{model}/config.json"):
+        raise OwlError(f"no model folder at {model!r}: it has no config.json")
 
 
 def free_port(host: str, port: int) -> int:
@@ -106,59 +345,3 @@ def free_port(host: str, port: int) -> int:
         except OSError as problem:
             raise OwlError(f"cannot listen on {host}:{port}: {problem.strerror}; choose another port") from None
         return probe.getsockname()[1]
-
-
-@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256)
-@serve.ingress(web)
-class Ingress:
-    def __init__(self, engine: DeploymentHandle, name: str):
-        self.engine = engine.options(stream=True)
-        self.name = name
-
-    @web.get("/health")
-    async def health(self) -> dict:
-        return {"status": "ok"}
-
-    @web.get("/v1/models")
-    async def models(self) -> dict:
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": 0, "owned_by": "owl"}]}
-
-    @web.post("/v1/chat/completions")
-    async def chat(self, request: api.ChatRequest) -> Response:
-        if request.model != self.name:
-            message = f"there is no model {request.model!r} here; there is {self.name!r}"
-            return JSONResponse(api.error(message, param="model"), 404)
-        try:
-            messages, pictures = split_media(request.messages)
-        except MediaError as problem:
-            return JSONResponse(api.error(str(problem), param="messages"), 400)
-        options: dict = {"max_new_tokens": request.longest, "temperature": request.temperature, "top_p": request.top_p}
-        options["seed"] = random.getrandbits(31) if request.seed is None else request.seed
-        pieces = until_stop(self.engine.stream.remote(messages, pictures, options), request.stops)
-        first = await anext(pieces)
-        if "refused" in first:
-            return JSONResponse(api.error(first["refused"], param="messages"), 400)
-        request_id = api.completion_id()
-        if request.stream:
-            usage = bool(request.stream_options and request.stream_options.include_usage)
-            return StreamingResponse(self.events(request_id, first, pieces, usage), media_type="text/event-stream")
-        text, last = first.get("text", ""), first
-        async for last in pieces:
-            text += last.get("text", "")
-        return JSONResponse(api.completion(request_id, self.name, text.strip(), last["usage"], last["finish"]))
-
-    async def events(self, request_id: str, first: dict, pieces: AsyncIterator[dict], usage: bool):
-        """Server-sent events of a streamed answer."""
-
-        def event(value: dict) -> str:
-            return f"data: {json.dumps(value)}\n\n"
-
-        yield event(api.chunk(request_id, self.name, {"role": "assistant", "content": ""}))
-        async for piece in chained(first, pieces):
-            if "text" in piece:
-                yield event(api.chunk(request_id, self.name, {"content": piece["text"]}))
-                continue
-            yield event(api.chunk(request_id, self.name, {}, piece["finish"]))
-            if usage:
-                yield event({**api.chunk(request_id, self.name, {}), "choices": [], "usage": piece["usage"]})
-        yield "data: [DONE]\n\n"
