@@ -152,7 +152,8 @@ class Stage(Settings):
     """The metric of whose smallest values the checkpoints stay, beside the last: loss or validation_loss. Empty keeps
     the last ones."""
     keep_megabytes: int = 1024
-    """Memory of a worker for prepared pictures (or features, where vision is frozen)."""
+    """Memory of a worker for prepared pictures (or features, where vision is frozen), each once however many samples
+    show it; what does not fit is prepared anew."""
     cache_gigabytes: float = 20
     """Disk of a machine for shards that come from elsewhere."""
     validation: list[str] = []
