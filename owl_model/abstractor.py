@@ -47,17 +47,26 @@ class AbstractorAttention(nn.Module):
             self.register_buffer("q_pos_embed", torch.zeros(config.num_queries, config.hidden_size))
             self.register_buffer("k_pos_embed", torch.zeros(config.positions, config.hidden_size))
 
-    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        def heads(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [N, heads, L, d]
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [N, heads, L, d]
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        placed, placed_memory = queries, memory
+    def asked(self, queries: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, by heads."""
         if self.config.grid_size:
-            placed = queries + self.q_pos_embed
-            placed_memory = memory + torch.cat([self.q_pos_embed, self.k_pos_embed])
-        query, key, value = heads(self.query(placed)), heads(self.key(placed_memory)), heads(self.value(memory))
+            queries = queries + self.q_pos_embed
+            memory = memory + torch.cat([self.q_pos_embed, self.k_pos_embed])
+        return self.heads(self.query(queries)), self.heads(self.key(memory))
+
+    def weights(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """[N, heads, Q, Q + P]: what each query takes of each place."""
+        query, key = self.asked(queries, memory)
+        return (query @ key.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
+
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        query, key = self.asked(queries, memory)
         dropout = self.config.attention_dropout if self.training else 0.0
+        value = self.heads(self.value(memory))
         out, _ = attend(self, query, key, value, None, scaling=self.head_dim**-0.5, dropout=dropout)
         return out.flatten(2)
 

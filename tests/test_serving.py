@@ -403,3 +403,14 @@ def test_a_misspelt_config_file_is_refused_by_name(tmp_path, text, names):
     (tmp_path / "serve.yaml").write_text(text)
     with pytest.raises(OwlError, match=names):
         deploy(str(tmp_path / "serve.yaml"))
+
+
+def test_where_an_answer_looked_is_told_for_each_picture(client):
+    said = asked(client, shown(png(0), png(1)), extra_body={"looked": True})
+    maps = said.model_extra["owl"]["looked"]
+    assert len(maps) == 2
+    for grid in maps:
+        assert len(grid) == len(grid[0])
+        assert sum(map(sum, grid)) == pytest.approx(1, abs=1e-2)
+    streamed = list(asked(client, shown(png(0), png(1)), stream=True, extra_body={"looked": True}))
+    assert streamed[-1].model_extra["owl"]["looked"] == maps

@@ -45,9 +45,12 @@ def pieces_of(queries: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -
     return found
 
 
-def paged_attention(module, query, key, value, attention_mask, scaling=None, cache=None, **kwargs):
-    """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA where there is no paged cache."""
+def paged_attention(module, query, key, value, attention_mask, scaling=None, cache=None, watch=None, **kwargs):
+    """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged
+    cache."""
     if not isinstance(cache, PagedAttentionCache):
+        if watch is not None:
+            watch.see(query, key, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     allocator = cache.layer_to_allocator[module.layer_idx]
     keys, values = allocator._kv_token_views[module.layer_idx]

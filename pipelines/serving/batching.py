@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from owl_model import OwlForConditionalGeneration, OwlProcessor
 from owl_model.adaptive import sort_rows
+from owl_model.looking import looked
 from pipelines.serving import attention
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
 from pipelines.serving.options import Room
@@ -250,8 +251,14 @@ class Batching:
             self.cached.setdefault(state.request_id, state.position_offset - request.query_length)
 
     async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
-        """As of engine.Engine."""
-        raise Unfit("the built-in engine cannot tell yet")
+        """As of engine.Engine; another pass over prompt and answer, beside the running batch."""
+        if not answer or any(picture.pixels.ndim != 3 for picture in ask.pictures):
+            raise Unfit("there is an answer about pictures to be looked at")
+        pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in ask.pictures])
+        try:
+            return [grid.numpy() for grid in await asyncio.to_thread(looked, self.owl, ask.ids, answer, pixels)]
+        except ValueError as error:
+            raise Unfit(str(error)) from None
 
     async def stats(self) -> dict[str, float]:
         """As of engine.Engine."""
