@@ -53,8 +53,9 @@ def patches_of_queries(abstractor: OwlAbstractor, features: torch.Tensor) -> tor
 def looked(
     owl: OwlForConditionalGeneration, prompt: Sequence[int], answer: Sequence[int], pixels: torch.Tensor
 ) -> list[torch.Tensor]:
-    """For each of the pictures [N, 3, S, S] that stand in the prompt, [rows, columns]. The decoder's attention must hand
-    its queries and keys to the ``watch`` that it is called with. Raises ValueError where patches make no square."""
+    """For each of the pictures [N, 3, S, S] that stand in the prompt, [rows, columns]. The decoder's attention must
+    hand its queries and keys to the ``watch`` that it is called with. Raises ValueError where patches make no
+    square."""
     features = owl.model.get_vision_features(pixels.to(owl.device))
     patches = features.shape[1]
     side = math.isqrt(patches)
