@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,19 @@ def pair(request, processor) -> tuple[OwlForConditionalGeneration, OwlProcessor]
             parameter.add_(torch.randn_like(parameter) * 0.15)
     images = type(processor.image_processor)(56)
     return owl, OwlProcessor.for_model(config, images, processor.tokenizer, request.param)
+
+
+CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+
+
+@pytest.fixture
+def chromium():
+    """A real browser, or a skip with the reason. Playwright keeps an event loop running for as long as it is there."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; `make browser` installs it")
+    with playwright.sync_playwright() as started:
+        path = shutil.which("chromium") or started.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no Chromium; `make browser` installs it")
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox", *CAMERA])
+        yield browser
+        browser.close()

@@ -174,19 +174,6 @@ def test_others_must_answer_the_same_questions(owleval):
         study_of(f"{owleval}/out", [f"{owleval}/other.jsonl"])
 
 
-@pytest.fixture
-def chromium():
-    """A real browser, or a skip with the reason. Playwright keeps an event loop running for as long as it is there."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; `make browser` installs it")
-    with playwright.sync_playwright() as started:
-        path = shutil.which("chromium") or started.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("no Chromium; `make browser` installs it")
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def test_the_page_in_a_real_browser(chromium, owleval):
     study = study_of(f"{owleval}/out", [f"{owleval}/blip2.jsonl", f"{owleval}/mm-react.jsonl"])
     with served(application(study)) as url:

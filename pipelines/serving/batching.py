@@ -67,7 +67,7 @@ def grammars_of(processor: OwlProcessor, owl: OwlForConditionalGeneration) -> An
     try:
         return from_tokenizer(processor.tokenizer, n_vocab=owl.config.text_config.vocab_size)
     except Exception as error:
-        log.warning("response_format cannot be held to: %s", error)
+        log.warning("response_format is refused, since llguidance does not know this kind of tokenizer: %s", error)
         return None
 
 

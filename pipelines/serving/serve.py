@@ -7,11 +7,12 @@ gateway and engine in one process under uvicorn. The gateway is the same.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -89,8 +90,8 @@ def keys_of(settings: Serving, made: Key | None) -> dict[str, Key] | None:
     return {made.sha256: made}
 
 
-async def alone(model: str, settings: Serving, made: Key | None, started: Any = None) -> None:
-    """Gateway and engine in this process, until it is told to stop. ``started`` is called with the address."""
+async def alone(model: str, settings: Serving, made: Key | None, started: Callable[[str], None]) -> None:
+    """Gateway and engine in this process, until it is told to stop; ``started`` is told the address."""
     refuse_no_model(model)
     keys = keys_of(settings, made)
     shared = shared_of(settings)
@@ -98,11 +99,17 @@ async def alone(model: str, settings: Serving, made: Key | None, started: Any = 
     web = open_gateway(model, settings, engine, shared, keys)
     port = free_port(settings.host, settings.port)
     server = uvicorn.Server(uvicorn_config(web, settings, port))
-    if started:
+
+    async def tell() -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
         started(f"http://{settings.host}:{port}")
+
+    telling = asyncio.create_task(tell())
     try:
         await server.serve()
     finally:
+        telling.cancel()
         await web.state.gateway.close()
         engine.stop()
 
