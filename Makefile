@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow rivals s3-server browser clean
+.PHONY: setup demo test check check-slow rivals s3-server browser clients clean
 
 setup: $(VENV)/ready
 
@@ -54,5 +54,14 @@ browser: setup
 	@$(PIP) install --constraint constraints.txt playwright
 	@command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
 
+# Other people's clients, for the tests of the endpoint: openai for Node (where there is npm), LangChain, schemathesis.
+clients: .clients/ready
+
+.clients/ready:
+	@$(PYTHON) -m venv .clients
+	@.clients/bin/pip --disable-pip-version-check --quiet install 'schemathesis==4.32.5' 'langchain-openai==1.7.3' 2>&1 | grep -v '^WARNING: Location' || true
+	@npm --prefix .clients/node --silent install openai@7.55.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .rivals .s3 owl-demo *.egg-info
+	rm -rf $(VENV) .rivals .s3 .clients owl-demo *.egg-info

@@ -43,7 +43,6 @@ def alone(
         try:
             await server.serve()
         finally:
-            await web.state.gateway.close()
             made.stop()
 
     def run() -> None:

@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel
 
 MAX_CHOICES = 16
 MAX_ANSWER = 65_536
@@ -18,7 +18,21 @@ MAX_MESSAGES = 1024
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def whole(value: Any) -> Any:
+    """JSON knows one kind of number: 7.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(whole)
+Longest = Annotated[int, Field(ge=1, le=MAX_ANSWER), WHOLE]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE]
+TopK = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
+Likeliest = Annotated[int, Field(ge=0, le=20), WHOLE]
+Id = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -70,37 +84,51 @@ class Schema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: Schema | None = None
-
-    @model_validator(mode="after")
-    def a_schema_where_one_is_meant(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type json_schema, and with no other")
-        return self
+class TextFormat(Strict):
+    type: Literal["text"]
 
     @property
     def held_to(self) -> dict[str, Any] | None:
         """The JSON schema that the answer keeps to."""
-        if self.type == "json_object":
-            return {"type": "object"}
-        return self.json_schema.schema_ if self.json_schema else None
+        return None
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+    @property
+    def held_to(self) -> dict[str, Any] | None:
+        return {"type": "object"}
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+    @property
+    def held_to(self) -> dict[str, Any] | None:
+        return self.json_schema.schema_
+
+
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Words = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Id], Field(min_length=1)]
 
 
 class Asking(Strict):
     """What chat and plain completions share."""
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER)
+    max_tokens: Longest | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = None
+    top_k: TopK = 0
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: Choices = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -111,14 +139,6 @@ class Asking(Strict):
     receipt: bool = False
     """Asks for what makes the answer repeatable, under "owl"."""
 
-    @model_validator(mode="after")
-    def few_short_stops(self) -> Asking:
-        if len(self.stops) > 4 or any(not 0 < len(stop) <= 256 for stop in self.stops):
-            raise ValueError("stop: at most 4, each of 1 to 256 characters")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream")
-        return self
-
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -126,18 +146,17 @@ class Asking(Strict):
 
 class ChatRequest(Asking):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER)
+    max_completion_tokens: Longest | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
+    top_logprobs: Likeliest | None = None
+    response_format: Format | None = None
     looked: bool = False
     """Asks where in its pictures the answer looked, under "owl"."""
 
-    @model_validator(mode="after")
-    def top_logprobs_go_with_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs")
-        return self
+    @property
+    def told(self) -> int | None:
+        """How many of the likeliest tokens are told at each place; None tells nothing."""
+        return (self.top_logprobs or 0) if self.logprobs or self.top_logprobs is not None else None
 
     @property
     def longest(self) -> int | None:
@@ -145,8 +164,13 @@ class ChatRequest(Asking):
 
 
 class CompletionRequest(Asking):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    prompt: (
+        Words
+        | Annotated[list[Words], Field(min_length=1, max_length=128)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=128)]
+    )
+    logprobs: Likeliest | None = None
     echo: Literal[False] = False
 
     @property
@@ -155,20 +179,22 @@ class CompletionRequest(Asking):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        many = isinstance(self.prompt, list) and (not self.prompt or not isinstance(self.prompt[0], int))
+        many = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return list(self.prompt) if many else [self.prompt]  # type: ignore[arg-type,list-item]
 
 
-class TokenizeRequest(Strict):
+class TokenizeText(Strict):
     model: str
-    prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    prompt: str
 
-    @model_validator(mode="after")
-    def one_of_both(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of prompt and messages")
-        return self
+
+class TokenizeMessages(Strict):
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+
+class TokenizeRequest(RootModel[TokenizeText | TokenizeMessages]):
+    """A text, or a conversation."""
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pipelines.records import parts
 from pipelines.serving.api import (
     Asking,
     ChatRequest,
@@ -22,7 +23,8 @@ from pipelines.serving.api import (
     Refusal,
     Shape,
     Tokenized,
-    TokenizeRequest,
+    TokenizeMessages,
+    TokenizeText,
     usage_of,
 )
 from pipelines.serving.engine import Ask, Busy, Died, Engine, Picture, Sampling, Unfit
@@ -110,7 +112,7 @@ class Gateway:
             name,
             arrived,
             schema_=json.dumps(held) if held is not None else "",
-            logprobs=request.top_logprobs or 0 if request.logprobs else None,
+            logprobs=request.told,
         )
 
     async def complete(self, request: CompletionRequest, key: Key, name: str) -> Work:
@@ -118,8 +120,6 @@ class Gateway:
         arrived = time.monotonic()
         self.models.refuse_unknown(request.model)
         prompts = [self.ids_of(p) if isinstance(p, str) else p for p in request.prompts]
-        if not 0 < len(prompts) * request.n <= 128 or not all(prompts):
-            raise Refusal(400, "prompt: from 1 to 128 answers may be asked for, and no prompt may be empty", "prompt")
         if any(token in (self.processor.image_token_id, self.processor.video_token_id) for p in prompts for token in p):
             raise Refusal(400, "prompt: pictures can be shown in chat completions only", "prompt")
         shape = Shape(request.model, chat=False)
@@ -199,22 +199,34 @@ class Gateway:
 
     def prompt_of(self, messages: list, pictures: int) -> list[int]:
         """A conversation's token ids. Raises Refusal."""
+        spoken = plain(messages)
+        self.refuse_longer(sum(len(part.get("text", "")) for message in spoken for part in parts(message["content"])))
         try:
-            encoded = self.processor.encode(plain(messages), prompt=True)
+            encoded = self.processor.encode(spoken, prompt=True)
         except ValueError as problem:
             raise Refusal(400, f"messages: {problem}", "messages") from None
         if encoded.images + encoded.videos != pictures:
             raise Refusal(400, "messages: a text holds a picture's placeholder", "messages")
         return encoded.ids
 
+    def refuse_longer(self, characters: int) -> None:
+        """Raises Refusal for a text that is too long whatever its tokens are, before it is cut into them."""
+        if characters > self.models.longest * self.models.longest_word:
+            raise Refusal(
+                400,
+                f"the text has {characters} characters, more than the model can hold in {self.models.longest} tokens",
+                code="context_length_exceeded",
+            )
+
     def ids_of(self, text: str) -> list[int]:
+        self.refuse_longer(len(text))
         return self.processor.tokenizer(text)["input_ids"]
 
-    async def tokenize(self, request: TokenizeRequest, key: Key) -> Tokenized:
+    async def tokenize(self, request: TokenizeText | TokenizeMessages, key: Key) -> Tokenized:
         """Raises Refusal."""
         self.models.refuse_unknown(request.model)
-        if request.messages is None:
-            ids = self.ids_of(request.prompt or "")
+        if isinstance(request, TokenizeText):
+            ids = self.ids_of(request.prompt)
         else:
             ids = self.prompt_of(request.messages, len(await self.pictures.of(request.messages, key)))
         return Tokenized(count=len(ids), max_model_len=self.models.longest, tokens=ids)
@@ -411,6 +423,9 @@ class Gateway:
         if "pictures_known" in stats:
             self.meters.set("mm_cache_queries", stats["pictures_known"] + stats["pictures_encoded"])
         return self.meters.page()
+
+    async def start(self) -> None:
+        await self.pictures.decoders.start()
 
     async def close(self) -> None:
         await self.pictures.close()

@@ -167,7 +167,7 @@ class Pictures:
         return data
 
     async def close(self) -> None:
-        self.decoders.close()
+        await self.decoders.close()
         if self.web is not None:
             await self.web.close()
 

@@ -24,6 +24,8 @@ class Models:
         longest = getattr(self.config.text_config, "max_position_embeddings", None) or 1 << 30
         self.longest = min(longest, settings.room.tokens)
         """Tokens that prompt and answer may have together."""
+        self.longest_word = max(map(len, self.processor.tokenizer.get_vocab()))
+        """Characters that one token may stand for."""
 
     def names(self) -> list[str]:
         root = self.settings.adapters

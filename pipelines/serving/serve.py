@@ -110,7 +110,6 @@ async def alone(model: str, settings: Serving, made: Key | None, started: Callab
         await server.serve()
     finally:
         telling.cancel()
-        await web.state.gateway.close()
         engine.stop()
 
 
