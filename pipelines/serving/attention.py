@@ -1,86 +1,191 @@
-"""Attention for continuous batching on the CPU: each request by itself, straight from the paged cache.
+"""Attention for continuous batching on the CPU.
 
 transformers packs the requests of a batch into one sequence, builds a mask of all queries by all keys, and gathers
-every request's keys and values in every layer. Here a request's rows attend to its own keys alone, and where those lie
-side by side in the cache, as they do while its pages follow each other, nothing is copied. Keys and values are held in
-fp32: one query against them in bf16 takes six to eight times as long on a CPU.
+every request's keys and values in every layer, at every token. Here a prompt attends by itself, to its own pages; and
+the keys and values of requests that are being answered lie once more side by side, so that all their next tokens attend
+in one call, and nothing is gathered. They are held in fp32: one query against them in bf16 takes six to eight times as
+long.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import heapq
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "owl_paged"
 
 
 class Piece(NamedTuple):
-    """One request's part of a batch: its queries, and where its keys and values lie in the cache."""
+    """One request's part of a step: queries ``first`` … ``end``, keys ``low`` … ``high`` among all requests'."""
 
     first: int
     end: int
-    start: int | None
-    """Of its keys in the cache, where they lie side by side; None where they are to be gathered."""
-    length: int
-    places: torch.Tensor | None
+    low: int
+    high: int
+    slot: int | None
+    """Where its keys and values lie once more."""
 
 
-def pieces_of(queries: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -> list[Piece]:
-    """A batch's requests by their cumulative lengths [R + 1]; ``places`` [K] are all keys' places in the cache."""
-    ends, key_ends, order = queries.tolist(), keys.tolist(), places.tolist()
-    found = []
-    for index in range(len(ends) - 1):
-        first, end, low, high = ends[index], ends[index + 1], key_ends[index], key_ends[index + 1]
-        if end <= first:
-            continue
-        together = order[high - 1] - order[low] == high - 1 - low
-        found.append(
-            Piece(first, end, order[low] if together else None, high - low, None if together else places[low:high])
-        )
-    return found
+class Plan(NamedTuple):
+    """A step, for all its layers."""
+
+    alone: list[Piece]
+    """Prompts, and what has no slot: each attends by itself."""
+    rows: torch.Tensor
+    """[R] of the packed queries: the next tokens, which attend together."""
+    slots: torch.Tensor
+    """[R]"""
+    ends: torch.Tensor
+    """[R]: the last place of each one's keys, where its own go."""
+    mask: torch.Tensor | None
+    """[S, 1, 1, K]: which keys each slot has."""
 
 
-def paged_attention(module, query, key, value, attention_mask, scaling=None, cache=None, watch=None, **kwargs):
-    """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged
-    cache."""
+class Slots:
+    """Keys and values of the running requests, by layer [S, K, heads, d]; a slot is a request's own until it leaves."""
+
+    def __init__(self, requests: int, tokens: int):
+        """``tokens`` are held at most, over all slots, as many as the slots' longest has in each."""
+        self.free, self.tokens = list(range(requests)), tokens
+        self.of: dict[str, int] = {}
+        self.filled: dict[int, int] = {}
+        """Slot → how many tokens it holds, in every layer."""
+        self.held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def plan(self, requests: Sequence[FutureRequestState]) -> Plan:
+        alone, together = [], []
+        first = low = 0
+        for request in requests:
+            length, rows, name = request.state.position_offset, request.query_length, request.state.request_id
+            slot = self.slot(name)
+            piece = Piece(first, first + rows, low, low + length, slot)
+            first, low = piece.end, piece.high
+            if slot is not None and rows == 1 and self.filled.get(slot) == length - 1:
+                together.append(piece)
+            else:
+                alone.append(piece)
+            if slot is not None:
+                self.filled[slot] = length
+        longest = max((piece.high - piece.low for piece in (*alone, *together)), default=0)
+        if longest * (1 + max(self.of.values(), default=0)) > self.tokens:
+            self.filled.clear()
+            return Plan([*alone, *together], *(torch.zeros(0, dtype=torch.long),) * 3, None)
+        slots = torch.tensor([piece.slot for piece in together], dtype=torch.long)
+        ends = torch.tensor([piece.high - piece.low - 1 for piece in together], dtype=torch.long)
+        mask = None
+        if together:
+            last = torch.zeros(int(slots.max()) + 1, dtype=torch.long)
+            last[slots] = ends
+            mask = (torch.arange(int(ends.max()) + 1) <= last[:, None])[:, None, None]
+        return Plan(alone, torch.tensor([piece.first for piece in together], dtype=torch.long), slots, ends, mask)
+
+    def slot(self, name: str) -> int | None:
+        if name not in self.of and self.free:
+            self.of[name] = heapq.heappop(self.free)
+            self.filled.pop(self.of[name], None)
+        return self.of.get(name)
+
+    def leave(self, name: str) -> None:
+        if name in self.of:
+            heapq.heappush(self.free, self.of.pop(name))
+
+    def layer(self, number: int, slots: int, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, with room for so many slots of so many tokens; ``like`` [places, heads, d]."""
+        held = self.held.get(number)
+        if held is None or held[0].shape[0] < slots or held[0].shape[1] < length:
+            before = held[0].shape[:2] if held else (0, 0)
+            length = max(before[1], min(max(64, 2 * length), self.tokens // max(1, slots)), length)
+            larger = tuple(like.new_zeros(max(before[0], slots), length, *like.shape[1:]) for _ in range(2))
+            if held:
+                for old, new in zip(held, larger, strict=True):
+                    new[: before[0], : before[1]] = old
+            held = self.held[number] = (larger[0], larger[1])
+        return held
+
+
+def paged_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cache=None,
+    watch: Any = None,
+    plan: Plan | None = None,
+    held: Slots | None = None,
+    **kwargs,
+):
+    """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged cache."""
     if not isinstance(cache, PagedAttentionCache):
         if watch is not None:
             watch.see(query, key, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    assert plan is not None
+    assert held is not None
     allocator = cache.layer_to_allocator[module.layer_idx]
     keys, values = allocator._kv_token_views[module.layer_idx]
     write = kwargs["write_index"][allocator.index]
-    keys.index_copy_(0, write, key.squeeze(0).transpose(0, 1).to(keys.dtype))
-    values.index_copy_(0, write, value.squeeze(0).transpose(0, 1).to(values.dtype))
-    read = kwargs["read_index"][allocator.index]
-    places = read if read.numel() else write  # a batch that has no past reads what it has just written
-    pieces = pieces_of(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][allocator.layer_type], places)
-    asked = query.to(keys.dtype)
-    shared = query.shape[1] != keys.shape[1]
-    out = asked.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    for piece in pieces:
-        some = slice(piece.start, piece.start + piece.length) if piece.start is not None else piece.places
-        near_keys, near_values = (held[some].transpose(0, 1).unsqueeze(0) for held in (keys, values))
-        rows = piece.end - piece.first
-        mask = None
-        if 1 < rows < piece.length:  # the first of these queries follows what is in the cache already
-            mask = torch.ones(rows, piece.length, dtype=torch.bool).tril(piece.length - rows)
+    new_keys, new_values = (one[0].transpose(0, 1).to(keys.dtype) for one in (key, value))  # [Q, heads, d]
+    keys.index_copy_(0, write, new_keys)
+    values.index_copy_(0, write, new_values)
+    asked = query[0].transpose(0, 1).to(keys.dtype)  # [Q, heads, d]
+    options = {"scale": scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
+    out = torch.empty_like(asked)
+    if plan.alone:
+        read = kwargs["read_index"][allocator.index]
+        places = read if read.numel() else write  # a batch that has no past reads what it has just written
+        for piece in plan.alone:
+            near = [each[places[piece.low : piece.high]] for each in (keys, values)]
+            if piece.slot in held.filled:
+                keep(held, module.layer_idx, piece, near)
+            out[piece.first : piece.end] = by_itself(asked[piece.first : piece.end], near[0], near[1], options)
+    if plan.mask is not None:
+        slots, longest = plan.mask.shape[0], plan.mask.shape[3]
+        all_keys, all_values = held.layer(module.layer_idx, slots, longest, keys)
+        all_keys[plan.slots, plan.ends] = new_keys[plan.rows]
+        all_values[plan.slots, plan.ends] = new_values[plan.rows]
+        queries = asked.new_zeros(slots, *asked.shape[1:])
+        queries[plan.slots] = asked[plan.rows]
         attended = scaled_dot_product_attention(
-            asked[:, :, piece.first : piece.end],
-            near_keys,
-            near_values,
-            attn_mask=mask,
-            is_causal=rows == piece.length and rows > 1,
-            scale=scaling,
-            enable_gqa=shared,
+            queries[:, :, None],
+            all_keys[:slots, :longest].transpose(1, 2),
+            all_values[:slots, :longest].transpose(1, 2),
+            attn_mask=plan.mask,
+            **options,
         )
-        out[piece.first : piece.end] = attended[0].transpose(0, 1)
+        out[plan.rows] = attended[plan.slots, :, 0]
     return out.unsqueeze(0).to(query.dtype), None
+
+
+def keep(held: Slots, number: int, piece: Piece, near: list[torch.Tensor]) -> None:
+    """What a request has so far, into its slot."""
+    assert piece.slot is not None
+    length = piece.high - piece.low
+    for all_of_them, own in zip(held.layer(number, piece.slot + 1, length, near[0]), near, strict=True):
+        all_of_them[piece.slot, :length] = own
+
+
+def by_itself(asked: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: dict) -> torch.Tensor:
+    """[Q, heads, d] of one request, whose last Q keys are its queries' own → [Q, heads, d]"""
+    rows, length = len(asked), len(keys)
+    mask = None
+    if 1 < rows < length:  # the first of these queries follows what is in the cache already
+        mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    queries, near_keys, near_values = (each.transpose(0, 1)[None] for each in (asked, keys, values))
+    causal = rows == length and rows > 1
+    attended = scaled_dot_product_attention(
+        queries, near_keys, near_values, attn_mask=mask, is_causal=causal, **options
+    )
+    return attended[0].transpose(0, 1)
 
 
 def register() -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from owl_model import OwlForConditionalGeneration, OwlProcessor
 from owl_model.adaptive import sort_rows
 from owl_model.looking import looked
 from pipelines.serving import attention
+from pipelines.serving.attention import Slots
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
 from pipelines.serving.options import Room
 from pipelines.serving.sampling import Choice, grammar_of
@@ -41,8 +43,10 @@ class Decoder(PreTrainedModel, GenerationMixin):
         super().__init__(owl.config.text_config)
         self.model, self.lm_head, self.pictures = owl.model.language_model, owl.lm_head, pictures
         self.adaptive = owl.config.modality_adaptive
-        self.before: Callable[[], None] = lambda: None
-        """Called before each step."""
+        self.in_batch: Callable[[], Sequence[FutureRequestState]] = tuple
+        """The requests of the step that is being computed, in the order of its rows."""
+        self.slots: Slots | None = None
+        """For attention.py, where that is how it attends."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,13 +55,28 @@ class Decoder(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | int = 0, **kwargs) -> CausalLMOutput:
         """[1, L] → logits [1, L', V]"""
-        self.before()
+        requests = self.in_batch()
+        if self.slots is not None:
+            kwargs |= {"plan": self.slots.plan(requests), "held": self.slots}
         ids = self.pictures.plain(input_ids)
         if self.adaptive:
             kwargs["rows"] = sort_rows(ids >= self.pictures.first)
         hidden = self.model(inputs_embeds=self.pictures(ids), **kwargs).last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutput(logits=self.lm_head(hidden[:, keep]))
+
+
+Result = TypeVar("Result")
+
+
+async def apart(work: Callable[..., Result], *given: Any) -> Result:
+    """In a thread that ends with it. A thread's OpenMP team lives as long as the thread, and a second team beside the
+    engine's takes a third of its speed: with more threads than cores they no longer wait for each other awake."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *given)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def grammars_of(processor: OwlProcessor, owl: OwlForConditionalGeneration) -> Any:
@@ -91,7 +110,7 @@ class Batching:
         self.media = (owl.config.image_token_id, owl.config.video_token_id)
         self.pictures = PictureIds(owl.get_input_embeddings(), owl.config.visual_tokens, room.pictures)
         self.decoder = Decoder(owl, self.pictures).eval()
-        self.decoder.before = self.count_cached
+        self.decoder.in_batch = self.in_batch
         settings = ContinuousBatchingConfig(
             page_size=room.page,
             num_blocks=room.tokens // room.page,
@@ -106,6 +125,7 @@ class Batching:
         )
         if self.decoder.device.type == "cpu":
             self.decoder.set_attn_implementation(attention.register())
+            self.decoder.slots = attention.Slots(room.requests, room.tokens)
         self.choice = Choice(list(self.media), end, grammars)
         steps = self.manager.logit_processor
         steps.logits_processor.append(self.choice)
@@ -162,6 +182,8 @@ class Batching:
             if submitted and not over:
                 await asyncio.shield(self.cancel(ask.name))
             self.choice.forget(ask.name)
+            if self.decoder.slots is not None:
+                self.decoder.slots.leave(ask.name)
             if ask.name in self.cached:
                 self.counts["prompt_tokens"] += len(ask.ids)
                 self.counts["cached_tokens"] += self.cached.pop(ask.name)
@@ -206,7 +228,7 @@ class Batching:
             return made[0]
 
         try:
-            ids = await asyncio.to_thread(self.pictures.take, picture.digest, encode)
+            ids = await apart(self.pictures.take, picture.digest, encode)
         except ValueError as error:
             raise Unfit(str(error)) from None
         if made and self.shared:
@@ -240,15 +262,13 @@ class Batching:
             ids[0] = self.pictures.salt(f"{ask.salt}\0{ask.adapter}", ids[0])
         return ids
 
-    def in_batch(self) -> list[FutureRequestState]:
+    def in_batch(self) -> Sequence[FutureRequestState]:
         """The requests of the step that is being computed, in the order of its rows."""
         processor = self.manager.batch_processor
-        return processor.inputs_and_outputs.requests_in_batch if processor else []
-
-    def count_cached(self) -> None:
-        for request in self.in_batch():
-            state = request.state
-            self.cached.setdefault(state.request_id, state.position_offset - request.query_length)
+        found = processor.inputs_and_outputs.requests_in_batch if processor else []
+        for request in found:
+            self.cached.setdefault(request.state.request_id, request.state.position_offset - request.query_length)
+        return found
 
     async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
         """As of engine.Engine; another pass over prompt and answer, beside the running batch."""
@@ -256,7 +276,7 @@ class Batching:
             raise Unfit("there is an answer about pictures to be looked at")
         pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in ask.pictures])
         try:
-            return [grid.numpy() for grid in await asyncio.to_thread(looked, self.owl, ask.ids, answer, pixels)]
+            return [grid.numpy() for grid in await apart(looked, self.owl, ask.ids, answer, pixels)]
         except ValueError as error:
             raise Unfit(str(error)) from None
 

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,9 +52,10 @@ def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine
     from owl_model.answering import load
     from pipelines.serving.batching import Batching, grammars_of
 
-    owl, processor = load(model)
-    if settings.precision == "bf16":
-        owl.to(torch.bfloat16)
+    with ThreadPoolExecutor(1) as apart:  # see batching.apart
+        owl, processor = apart.submit(load, model).result()
+        if settings.precision == "bf16":
+            apart.submit(owl.to, torch.bfloat16).result()
     return Batching(owl, processor.end_id, settings.room, grammars_of(processor, owl), shared)
 
 
