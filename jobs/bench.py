@@ -199,3 +199,46 @@ def easy_vqa(
 
     with ray_session(cpus=4):
         print(json.dumps(run(data, folder.absolute(), recipe_of(recipe, set))))
+
+
+@app.command()
+def engines(
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "bf16",
+    clients: Annotated[list[int] | None, typer.Option("--clients", help="Requests at once. Repeatable.")] = None,
+    contexts: Annotated[list[int] | None, typer.Option("--context", help="Tokens of a prompt. Repeatable.")] = None,
+    new: Annotated[int, typer.Option("--new", help="Tokens of an answer.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
+) -> None:
+    """The built-in engine's decoding beside transformers' generate, its static batches and its continuous batching."""
+    from jobs.bench_engines import PRECISIONS, measure
+
+    if precision not in PRECISIONS:
+        raise OwlError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    for context in contexts or [64, 512]:
+        for count in clients or [1, 8, 16]:
+            for result in measure(precision, count, context, new, repeats):
+                print(json.dumps(result), flush=True)
+
+
+@app.command()
+def serving(
+    url: Annotated[str, typer.Option("--url", help="An endpoint, such as http://127.0.0.1:8000.")],
+    key: Annotated[str, typer.Option("--key", envvar="OWL_API_KEY", help="Its API key.")] = "none",
+    model: Annotated[str, typer.Option("--model", help="The model's name there.")] = "owl",
+    rates: Annotated[list[float] | None, typer.Option("--rate", help="Requests a second. Repeatable.")] = None,
+    requests: Annotated[int, typer.Option("--requests", help="Of each rate.")] = 100,
+    pictures: Annotated[int, typer.Option("--pictures", help="Of each request.")] = 1,
+    sides: Annotated[list[int] | None, typer.Option("--side", help="Pixels of a picture's sides. Repeatable.")] = None,
+    repeat: Annotated[bool, typer.Option("--repeat", help="All requests show the same pictures.")] = False,
+    words: Annotated[int, typer.Option("--words", help="Of each question.")] = 50,
+    tokens: Annotated[int, typer.Option("--tokens", help="Of each answer.")] = 64,
+    ttft: Annotated[float, typer.Option("--ttft", help="Goodput's limit of the first token, in seconds.")] = 1.0,
+    tpot: Annotated[float, typer.Option("--tpot", help="Goodput's limit of each later one, in seconds.")] = 0.1,
+) -> None:
+    """Open-loop load for any OpenAI-compatible endpoint: TTFT, TPOT and E2EL percentiles, throughput, goodput."""
+    from jobs.bench_serving import Load, measure
+
+    for side in sides or [224]:
+        for rate in rates or [1.0]:
+            load = Load(url, key, model, rate, requests, pictures, side, repeat, words, tokens)
+            print(json.dumps(measure(load, ttft, tpot)), flush=True)

@@ -29,6 +29,9 @@ TEXT = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, 
 VOCABULARY, QUERIES, END = 32_000, 63, 2
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def small_owl(precision: torch.dtype) -> OwlForConditionalGeneration:
     """Random weights: a decoder of 12 × 512 and 64 visual tokens a picture."""
     torch.manual_seed(0)
@@ -140,7 +143,7 @@ class Generate:
 
 def measure(precision: str, clients: int, context: int, new: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Tokens a second of each, over prompts and answers together, in the median over turns."""
-    owl = small_owl({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    owl = small_owl(PRECISIONS[precision])
     room = Room(tokens=2 * clients * (context + new) + 4096, requests=clients, page=16)
     rivals: dict[str, Callable[[list[list[int]], int], tuple[float, Told]]] = {
         "owl": BuiltIn(owl, room).turn,

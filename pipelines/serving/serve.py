@@ -166,11 +166,14 @@ class Replicas:
         self.handle, self.streams = handle, handle.options(stream=True)
 
     async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
-        steps = None
+        steps = self.streams.submit.remote(ask)
         try:
-            steps = self.streams.submit.remote(ask)
             async for step in steps:
                 yield step
+        except (GeneratorExit, asyncio.CancelledError):
+            with contextlib.suppress(Exception):  # whatever it failed of, it has ended
+                steps.cancel()
+            raise
         except (Busy, Unfit, Died) as problem:
             raise known_cause(problem) from None
         except BackPressureError:
@@ -178,9 +181,6 @@ class Replicas:
         except (RayError, DeploymentUnavailableError) as problem:
             log.warning("%s: %s", ask.name, type(problem).__name__)
             raise Died("the engine replica went away") from None
-        finally:
-            if steps is not None:
-                steps.cancel()
 
     async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
         try:
