@@ -117,10 +117,25 @@ def chat(
     key: Annotated[str, typer.Option("--key", envvar="OWL_API_KEY", help="The endpoint's API key.")] = "none",
     question: Annotated[str, typer.Option("--question", "-q", help="Ask this one thing and end.")] = "",
     bits: Annotated[int | None, typer.Option("--bits", help="8 or 4: quantizes the folder's language model.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="An endpoint's answer with its receipt, given again from the folder."),
+    ] = None,
+    adapter: Annotated[str, typer.Option("--adapter", help="With --replay: the folder of the receipt's adapter.")] = "",
 ) -> None:
     """Talk to a model folder or an endpoint. In the conversation: /image PATH adds a picture, /new starts afresh."""
     from jobs.chat import Endpoint, Folder, talk
 
+    if replay:
+        from jobs.replay import replay as repeat
+
+        answers = repeat(replay, model, image or [], adapter)
+        for answer in answers:
+            print(answer["text"])
+        if not all(answer["same"] for answer in answers):
+            raise OwlError("the tokens are not those of the receipt")
+        console.print("the same tokens as in the receipt")
+        return
     if bool(model) == bool(url):
         raise OwlError("name either a model folder or --url, not both")
     talk(Endpoint(url, key) if url else Folder(model, bits), image or [], question)

@@ -1,4 +1,4 @@
-"""`owl serve`: an endpoint on this machine or a cluster; `owl keys`: who may ask it."""
+"""`owl serve`: an endpoint on this machine or a cluster; `owl batch`: a file of requests; `owl keys`: who may ask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Overrides, RecipeName, console, recipe_of
+from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
 from jobs.session import ray_session
 from pipelines.settings import OwlError
 
@@ -70,6 +70,26 @@ def serve(
         tell(address)
         while True:
             time.sleep(1)
+
+
+@app.command()
+def batch(
+    requests: Annotated[str, typer.Argument(help="A JSONL file of requests, in OpenAI's batch format.")],
+    model: Annotated[str, typer.Option("--model", help="A model folder.")],
+    out: Annotated[str, typer.Option("--out", help="JSONL file of the answers.")],
+    actors: Annotated[int, typer.Option("--actors", help="Engines at once.")] = 1,
+    recipe: RecipeName = "real_small",
+    set: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answers a file of requests into another, without an endpoint. Settings: the recipe's `serving`."""
+    from pipelines.serving.batch import answer_file
+
+    settings = recipe_of(recipe, set, "serving").serving
+    with ray_session():
+        counts = answer_file(requests, out, str(Path(model).absolute()), settings, actors)
+    told = ", ".join(f"{number} × {status}" for status, number in counts.items())
+    finish({"out": out, **counts}, as_json, lambda: console.print(f"{out}: {told}"))
 
 
 @keys.command()

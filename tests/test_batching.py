@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -19,6 +20,7 @@ from owl_model.answering import generation_config, prompt_inputs
 from owl_model.processing import OwlImageProcessor
 from pipelines.serving.batching import Batching
 from pipelines.serving.engine import Ask, Busy, Picture, Sampling, Unfit
+from pipelines.serving.models import digest
 from pipelines.serving.options import Room
 from pipelines.serving.sampling import grammar_of, gumbel, keep_likeliest
 from pipelines.serving.virtual import PictureIds
@@ -54,7 +56,7 @@ class Asking:
     def __init__(self, owl, processor, room: Room = ROOM, grammars=None):
         self.processor, self.engine, self.count = processor, Batching(owl, processor.end_id, room, grammars), 0
 
-    async def ask(self, messages, pictures, longest: int, sampling: Sampling = GREEDY, delay: float = 0.0):
+    async def ask(self, messages, pictures, longest, sampling: Sampling = GREEDY, delay: float = 0.0, adapter=""):
         await asyncio.sleep(delay)
         self.count += 1
         name = f"request-{self.count}"
@@ -63,7 +65,7 @@ class Asking:
             Picture(hashlib.sha256(data).hexdigest(), self.processor.image_processor.pixels(data).numpy())
             for data in pictures
         ]
-        steps = [step async for step in self.engine.submit(Ask(name, ids, shown, sampling, longest))]
+        steps = [step async for step in self.engine.submit(Ask(name, ids, shown, sampling, longest, adapter=adapter))]
         assert steps[-1].finish in ("stop", "length")
         return [token for step in steps for token in step.tokens], [fact for step in steps for fact in step.told]
 
@@ -236,3 +238,36 @@ def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared):
 def test_a_schema_that_cannot_be_held_to_is_refused():
     with pytest.raises(Unfit, match="type"):
         grammar_of(json.dumps({"type": "nonsense"}))
+
+
+def test_requests_of_several_adapters_share_a_batch(pair, tmp_path):
+    """Each gets the tokens that PEFT's own model of its adapter generates, alone and beside the others."""
+    owl, processor = pair
+    jobs = [(asked(n, n % 2), [png(n)] * (n % 2), 8) for n in range(6)]
+    wanted, names = {"": [expected(owl, processor, *job) for job in jobs]}, [""]
+    for number in range(2):
+        torch.manual_seed(number)
+        doubled = r"v_proj\.multiway\.[01]" if owl.config.modality_adaptive else "v_proj"
+        targets = rf"model\.language_model\..*\.(q_proj|down_proj|{doubled})"
+        adapted = get_peft_model(owl, LoraConfig(r=4, lora_alpha=64, target_modules=targets))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+        folder = str(tmp_path / f"adapter{number}")
+        adapted.save_pretrained(folder)
+        names.append(f"{folder}@{digest(folder)}")
+        wanted[names[-1]] = [expected(adapted, processor, *job) for job in jobs]
+        owl = adapted.unload()
+    assert wanted[names[0]] != wanted[names[1]] != wanted[names[2]]
+
+    async def run():
+        asking = Asking(owl, processor)
+        try:
+            every = [asking.ask(*job, delay=0.003 * n, adapter=name) for n, job in enumerate(jobs) for name in names]
+            return await asyncio.gather(*every)
+        finally:
+            asking.engine.stop()
+
+    made = [tokens for tokens, _ in asyncio.run(run())]
+    for place, name in enumerate(names):
+        assert made[place :: len(names)] == wanted[name]

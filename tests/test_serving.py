@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import time
@@ -9,9 +10,13 @@ import time
 import openai
 import pytest
 import requests
+import torch
 from endpoint import Slow, alone, lettered, png, shown
+from peft import LoraConfig, get_peft_model
 
+from jobs.replay import replay
 from owl_model.answering import answer
+from pipelines.serving.batch import answer_file
 from pipelines.serving.keys import Budgets, Key, add_key, hashed, new_key, read_keys
 from pipelines.serving.options import Room, Serving
 from pipelines.serving.serve import deploy, free_port, running
@@ -414,3 +419,51 @@ def test_where_an_answer_looked_is_told_for_each_picture(client):
         assert sum(map(sum, grid)) == pytest.approx(1, abs=1e-2)
     streamed = list(asked(client, shown(png(0), png(1)), stream=True, extra_body={"looked": True}))
     assert streamed[-1].model_extra["owl"]["looked"] == maps
+
+
+def test_a_receipt_is_replayed_and_an_adapter_is_asked_for_by_name(owl, model_folder, tmp_path):
+    torch.manual_seed(0)
+    targets = r"model\.language_model\..*\.(q_proj|down_proj)"
+    adapted = get_peft_model(copy.deepcopy(owl), LoraConfig(r=4, lora_alpha=64, target_modules=targets))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapters/other")
+    (tmp_path / "a.png").write_bytes(png(0))
+    settings = ALONE.model_copy(update={"adapters": str(tmp_path / "adapters")})
+    said = {}
+    with alone(model_folder, settings) as (address, _):
+        client = client_of(address)
+        assert [model.id for model in client.models.list()] == ["owl", "other"]
+        for name in ("owl", "other"):
+            more = {"receipt": True, "ignore_eos": True}
+            answer = asked(client, shown(png(0)), model=name, temperature=1.0, seed=4, n=2, extra_body=more)
+            (tmp_path / f"{name}.json").write_text(answer.to_json())
+            said[name] = [choice.message.content for choice in answer.choices]
+    assert said["owl"] != said["other"]
+    folder = str(tmp_path / "adapters/other")
+    for name, adapter in (("owl", ""), ("other", folder)):
+        again = replay(tmp_path / f"{name}.json", model_folder, [tmp_path / "a.png"], adapter)
+        assert all(answer["same"] for answer in again)
+        assert [answer["text"].strip() for answer in again] == [text.strip() for text in said[name]]
+    with pytest.raises(OwlError, match="of another adapter"):
+        replay(tmp_path / "owl.json", model_folder, [tmp_path / "a.png"], folder)
+    with pytest.raises(OwlError, match="1 of the receipt's pictures"):
+        replay(tmp_path / "owl.json", model_folder, [])
+
+
+def test_a_file_of_requests_is_answered_as_the_endpoint_would(cluster, client, model_folder, picture, tmp_path):
+    body = {"model": "owl", "messages": shown(picture), "max_tokens": 8, "temperature": 0}
+    lines = [{"custom_id": f"n{k}", "method": "POST", "url": "/v1/chat/completions", "body": body} for k in range(3)]
+    lines.append({**lines[0], "custom_id": "other", "body": body | {"model": "gpt"}})
+    lines.append({**lines[0], "custom_id": "odd", "body": body | {"temperature": 3}})
+    written = "\n".join([*map(json.dumps, lines), "no JSON"])
+    (tmp_path / "in.jsonl").write_text(written)
+    counts = answer_file(f"{tmp_path}/in.jsonl", f"{tmp_path}/out.jsonl", model_folder, ALONE)
+    assert counts == {"200": 3, "404": 1, "400": 2}
+    told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["custom_id"] for row in told] == ["n0", "n1", "n2", "other", "odd", None]
+    wanted = asked(client, shown(picture)).choices[0].message.content
+    for row in told[:3]:
+        assert row["response"]["body"]["choices"][0]["message"]["content"] == wanted
+    assert told[4]["response"]["body"]["error"]["param"] == "temperature"

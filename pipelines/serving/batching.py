@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from owl_model import OwlForConditionalGeneration, OwlProcessor
 from owl_model.adaptive import sort_rows
 from owl_model.looking import looked
 from pipelines.serving import attention
+from pipelines.serving.adapters import Adapters
 from pipelines.serving.attention import Slots
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
 from pipelines.serving.options import Room
@@ -47,6 +49,9 @@ class Decoder(PreTrainedModel, GenerationMixin):
         """The requests of the step that is being computed, in the order of its rows."""
         self.slots: Slots | None = None
         """For attention.py, where that is how it attends."""
+        self.adapters: Adapters | None = None
+        self.adapter_of: dict[str, str] = {}
+        """Request → its adapter."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,9 +66,21 @@ class Decoder(PreTrainedModel, GenerationMixin):
         ids = self.pictures.plain(input_ids)
         if self.adaptive:
             kwargs["rows"] = sort_rows(ids >= self.pictures.first)
-        hidden = self.model(inputs_embeds=self.pictures(ids), **kwargs).last_hidden_state
+        adapters = self.adapters if self.adapter_of else None
+        with adapters.used(self.rows(requests), kwargs.get("rows")) if adapters else nullcontext():
+            hidden = self.model(inputs_embeds=self.pictures(ids), **kwargs).last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutput(logits=self.lm_head(hidden[:, keep]))
+
+    def rows(self, requests: Sequence[FutureRequestState]) -> list[tuple[str, slice]]:
+        """Which rows of a step are of requests with an adapter."""
+        found, first = [], 0
+        for request in requests:
+            end = first + request.query_length
+            if adapter := self.adapter_of.get(request.state.request_id):
+                found.append((adapter, slice(first, end)))
+            first = end
+        return found
 
 
 Result = TypeVar("Result")
@@ -126,6 +143,7 @@ class Batching:
         if self.decoder.device.type == "cpu":
             self.decoder.set_attn_implementation(attention.register())
             self.decoder.slots = attention.Slots(room.requests, room.tokens)
+        self.adapters = self.decoder.adapters = Adapters(owl)
         self.choice = Choice(list(self.media), end, grammars)
         steps = self.manager.logit_processor
         steps.logits_processor.append(self.choice)
@@ -148,6 +166,9 @@ class Batching:
         taken: list[list[int]] = []
         over, submitted = False, False
         try:
+            if ask.adapter:
+                self.decoder.adapter_of[ask.name] = ask.adapter
+                await apart(self.adapters.load, ask.adapter, set(self.decoder.adapter_of.values()))
             for picture in ask.pictures:
                 taken.append(await self.take(picture))
             arrived: asyncio.Queue = asyncio.Queue()
@@ -182,6 +203,7 @@ class Batching:
             if submitted and not over:
                 await asyncio.shield(self.cancel(ask.name))
             self.choice.forget(ask.name)
+            self.decoder.adapter_of.pop(ask.name, None)
             if self.decoder.slots is not None:
                 self.decoder.slots.leave(ask.name)
             if ask.name in self.cached:
@@ -205,8 +227,6 @@ class Batching:
             if self.choice.grammars is None:
                 raise Unfit("response_format: this engine has no grammars")
             grammar_of(ask.sampling.schema_)
-        if ask.adapter:
-            raise Unfit("the built-in engine has no adapters")
 
     @property
     def longest(self) -> int:
@@ -274,6 +294,8 @@ class Batching:
         """As of engine.Engine; another pass over prompt and answer, beside the running batch."""
         if not answer or any(picture.pixels.ndim != 3 for picture in ask.pictures):
             raise Unfit("there is an answer about pictures to be looked at")
+        if ask.adapter:
+            raise Unfit("answers of adapters are not watched")
         pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in ask.pictures])
         try:
             return [grid.numpy() for grid in await apart(looked, self.owl, ask.ids, answer, pixels)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_model import OwlConfig, OwlProcessor
+from pipelines import storage
 from pipelines.serving.api import Refusal
 from pipelines.serving.engine import Ask
 from pipelines.serving.options import Serving
@@ -39,15 +40,16 @@ class Models:
             raise Refusal(404, f"there is no model {name[:100]!r} here; there is {known}", "model", "model_not_found")
 
     def adapter(self, name: str) -> str:
-        """The folder of the adapter of that name; "" for the model itself."""
-        return "" if name == self.settings.name else f"{self.settings.adapters}/{name}"
+        """FOLDER@DIGEST of the adapter of that name; "" for the model itself."""
+        folder = f"{self.settings.adapters}/{name}"
+        return "" if name == self.settings.name else f"{folder}@{digest(folder)}"
 
     def receipt(self, model: str, asks: list[Ask], answers: list[list[int]]) -> dict[str, Any]:
         """What makes an answer repeatable (`owl chat --replay`)."""
         adapter = self.adapter(model)
         return {
             "model": digest(self.folder),
-            "adapter": digest(adapter) if adapter else None,
+            "adapter": adapter.rpartition("@")[2] or None,
             "template": hashlib.sha256(json.dumps(self.processor.template, sort_keys=True).encode()).hexdigest(),
             "precision": self.settings.precision,
             "choices": [
@@ -63,12 +65,16 @@ class Models:
         }
 
 
-@lru_cache(maxsize=64)
 def digest(folder: str) -> str:
-    """Of what decides answers: weights, configuration and tokenizer, by name and content."""
+    """Of what decides answers: weights, configuration and tokenizer, by name and content. Files are read anew when
+    they have changed."""
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".json", ".model"))
+    return digest_of(tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@lru_cache(maxsize=64)
+def digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
     whole = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".model"):
-            with open(path, "rb") as file:
-                whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for path, _, _ in files:
+        whole.update(f"{Path(path).name} {storage.sha256(path)}\n".encode())
     return whole.hexdigest()
