@@ -54,6 +54,8 @@ def finished(cluster, world, model_folder, tmp_path_factory) -> Path:
     settings = QUICK.model_copy(update={"controls": True})
     evaluate(model_folder, "picture_world", f"{world}/heldout", str(out), settings)
     return out
+
+
 @pytest.mark.slow
 def test_one_actor_and_two_write_the_same_results(finished, world, model_folder, tmp_path):
     settings = QUICK.model_copy(update={"actors": 2, "controls": True, "cpus_per_actor": 0.5})
@@ -246,6 +248,8 @@ def test_what_no_rule_can_score_waits_for_grades(cluster, model_folder, tmp_path
     assert [row["score"] for row in rows] == [None, None, None]
     assert rows[2]["prompt"].startswith("user: <image> And this?\nassistant:")
     assert len(rows[2]["pictures"]) == 1
+
+
 @pytest.mark.slow
 def test_captions_get_the_clipscore_of_a_given_clip(cluster, model_folder, scorers, tmp_path):
     """Held to transformers' CLIPModel on one caption at a time (Hessel et al. 2021, equations 1 and 2)."""

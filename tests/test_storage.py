@@ -64,6 +64,8 @@ def test_what_killed_writers_left_is_swept(tmp_path):
 
 def test_a_file_is_never_half_there_on_s3(server):
     never_half_there("s3://files/whole")
+
+
 @pytest.mark.slow
 def test_curation_from_and_to_s3_outlives_an_outage(server, tmp_path):
     """The server's storage goes away for some seconds in the middle: requests are tried again."""
