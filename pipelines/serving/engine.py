@@ -1,7 +1,7 @@
 """What an engine is to the gateway: token ids and pixels in, a stream of tokens out.
 
-The built-in one is batching.py, vLLM's is vllm_engine.py. An engine is asked where it runs, in the gateway's own
-process, or, on Ray Serve, through `Replicas`.
+The built-in one is batching.py. An engine is asked where it runs, in the gateway's own process, or, on Ray Serve,
+through serve.py's `Replicas`.
 """
 
 from __future__ import annotations

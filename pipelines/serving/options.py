@@ -65,8 +65,6 @@ class Serving(Settings):
     """File of API keys (`owl keys add`). Empty makes one key for as long as the endpoint runs."""
     no_keys: bool = False
     """Answers anyone, without a key."""
-    engine: Literal["builtin", "vllm"] = "builtin"
-    """What computes: transformers' continuous batching, or vLLM, which must be installed where replicas run."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the weights. bf16 is faster and takes half the memory; its answers may differ in their last bits from batch
     to batch."""

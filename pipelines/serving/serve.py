@@ -42,11 +42,7 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine:
-    """The engine that the settings name, with a model folder in it."""
-    if settings.engine == "vllm":
-        from pipelines.serving.vllm_engine import VllmEngine
-
-        return VllmEngine(model, settings)
+    """The engine, with a model folder in it."""
     import torch
 
     from owl_model.answering import load
@@ -110,6 +106,7 @@ async def alone(model: str, settings: Serving, made: Key | None, started: Callab
     telling = asyncio.create_task(tell())
     try:
         await server.serve()
+        await engine.drain()
     finally:
         telling.cancel()
         engine.stop()
