@@ -216,6 +216,7 @@ print(peak - base)
 """
 
 
+@pytest.mark.slow
 def test_predicted_memory_is_what_a_process_takes(tmp_path):
     with torch.device("meta"):
         ghost = OwlForConditionalGeneration._from_config(small(), attn_implementation=ATTENTION).train()

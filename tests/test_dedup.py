@@ -142,12 +142,12 @@ def entered(folder: str, names: list[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "settings",
     [
         {},
-        {"radius": 6, "detail": 40},
+        pytest.param({"radius": 6, "detail": 40}, marks=pytest.mark.slow),
         {"keep": "largest"},
         {"captions": "exact"},
         {"captions": "near", "caption_likeness": 0.85},

@@ -276,6 +276,7 @@ def test_captions_get_the_clipscore_of_a_given_clip(cluster, model_folder, score
         )
 
 
+@pytest.mark.slow
 def test_several_benchmarks_end_in_a_table_like_the_papers(cluster, model_folder, tmp_path):
     for name in ("gqa", "vqav2"):
         WRITERS[name](tmp_path / "data" / name)

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from jobs import papers, recipes
+from jobs.cli import app
 from jobs.doctor import examine
 from jobs.recipes import RECIPES, load
 from jobs.world.scenes import HELD_OUT
@@ -54,8 +56,7 @@ def test_every_command_in_the_readme_is_one_that_owl_has():
     for line in re.findall(r"^\$ owl (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE):
         verb, *rest = line.split()
         below = [rest[0] if rest and rest[0].isalpha() else "run"] if verb in GROUPS else []
-        command = [sys.executable, "-m", "jobs.cli", verb, *below, "--help"]
-        text = subprocess.run(command, capture_output=True, text=True).stdout
+        text = CliRunner().invoke(app, [verb, *below, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[a-z]+", line):
             assert option in text, f"owl {verb} has no {option}"
 
@@ -128,8 +129,16 @@ def test_held_out_combinations_appear_nowhere_in_training():
         (["curate", "x.tar", "--out", "OUT", "--set", "limits.min_word=3"], "did you mean 'min_words'"),
         (["curate", "x.tar", "--out", "OUT", "--recipe", "real_smal"], "did you mean 'real_small'"),
         (["train", "stage9", "--data", "x", "--run", "OUT"], "unknown stage 'stage9'"),
-        (["train", "stage1", "--data", "/nowhere", "--run", "OUT", "--start", "/nowhere"], "no model folder to begin"),
-        (["eval", "/nowhere", "--benchmark", "picture_world", "--data", "x", "--out", "OUT"], "no model folder at"),
+        pytest.param(
+            ["train", "stage1", "--data", "/nowhere", "--run", "OUT", "--start", "/nowhere"],
+            "no model folder to begin",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["eval", "/nowhere", "--benchmark", "picture_world", "--data", "x", "--out", "OUT"],
+            "no model folder at",
+            marks=pytest.mark.slow,
+        ),
         (["serve", "/nowhere"], "no model folder at '/nowhere'"),
         (["chat", "/nowhere"], "no model folder at '/nowhere'"),
         (["chat"], "name either a model folder or --url"),
