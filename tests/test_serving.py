@@ -290,9 +290,9 @@ HELLO = {"model": "owl", "messages": [{"role": "user", "content": "hello"}], "ma
 
 
 def test_who_leaves_frees_the_place(model_folder, processor):
-    with alone(model_folder, ALONE, engine=slow(processor)) as (address, engine):
+    with alone(model_folder, ALONE, engine=slow(processor, 0.2)) as (address, engine):
         with requests.post(f"{address}/v1/chat/completions", json=HELLO | {"stream": True}, stream=True) as reply:
-            next(reply.iter_lines())
+            next(reply.iter_lines(chunk_size=1))
             assert engine.asked == 1
         until(lambda: not engine.asked)
         with pytest.raises(requests.ReadTimeout):
