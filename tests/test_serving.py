@@ -292,7 +292,8 @@ HELLO = {"model": "owl", "messages": [{"role": "user", "content": "hello"}], "ma
 def test_who_leaves_frees_the_place(model_folder, processor):
     with alone(model_folder, ALONE, engine=slow(processor, 0.2)) as (address, engine):
         with requests.post(f"{address}/v1/chat/completions", json=HELLO | {"stream": True}, stream=True) as reply:
-            next(reply.iter_lines(chunk_size=1))
+            lines = reply.iter_lines(chunk_size=1)  # kept: a generator that is let go closes the connection
+            next(lines)
             assert engine.asked == 1
         until(lambda: not engine.asked)
         with pytest.raises(requests.ReadTimeout):
