@@ -54,7 +54,7 @@ def replay(path: Path, model: str, pictures: Sequence[Path], adapter: str = "") 
 
 async def again(choices: list[dict], model: str, settings: Serving, shown: dict, adapter: str) -> list[list[int]]:
     """Each choice's tokens; as many as it had, since a stop string or a client that left ends an answer earlier."""
-    engine, found = open_engine(model, settings, Shared(0, 0)), []
+    engine, found = open_engine(model, settings, Shared(settings.media)), []
     try:
         for number, choice in enumerate(choices):
             pictures = [Picture(name, shown[name]) for name in choice["pictures"]]

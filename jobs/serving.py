@@ -38,8 +38,10 @@ def serve(
     if bool(model) == bool(config):
         raise OwlError("name either a model folder or --config, not both")
     if config:
+        from pipelines.serving.deploy import deploy
+
         with ray_session():
-            console.print(f"Deployed {config} at {serving.deploy(config)}")
+            console.print(f"Deployed {config} at {deploy(config)}")
         return
     settings = recipe_of(recipe, set, "serving").serving
     if port is not None:

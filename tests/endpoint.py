@@ -24,6 +24,7 @@ from pipelines.serving import serve
 from pipelines.serving.engine import Ask, Died, Engine, Step
 from pipelines.serving.keys import Key
 from pipelines.serving.options import Serving
+from pipelines.serving.shared import Shared
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def alone(
     started: queue.Queue = queue.Queue()
 
     async def work() -> None:
-        shared = serve.shared_of(settings)
+        shared = Shared(settings.media)
         made = engine() if engine else serve.open_engine(model, settings, shared)
         web = serve.open_gateway(model, settings, made, shared, keys)
         port = serve.free_port("127.0.0.1", 0)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import json
 import random
+import threading
 
-import numpy as np
 import pytest
 import torch
+from endpoint import lettered, png
 from peft import LoraConfig, get_peft_model
-from PIL import Image
-from transformers import AutoTokenizer, LlamaConfig
 
-from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlProcessor, OwlVisionConfig
-from owl_model.answering import generation_config, prompt_inputs
-from owl_model.processing import OwlImageProcessor
+from owl_model.answering import generation_config, load, prompt_inputs
+from owl_model.looking import looked
+from pipelines.serving import attention
 from pipelines.serving.batching import Batching
 from pipelines.serving.engine import Ask, Busy, Picture, Sampling, Unfit
 from pipelines.serving.models import digest
@@ -27,12 +25,6 @@ from pipelines.serving.virtual import PictureIds
 
 GREEDY = Sampling()
 ROOM = Room(tokens=4096, page=16, batch_tokens=128, requests=8, pictures=16)
-
-
-def png(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 WORDS = "what color is the circle square ? yes no one two three red large at top-left"
@@ -48,6 +40,17 @@ def expected(owl, processor, messages: list[dict], pictures: list[bytes], longes
     with torch.no_grad():
         made = owl.generate(**inputs, generation_config=generation_config(owl, processor, max_new_tokens=longest))
     return made[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def where(owl, processor, messages: list[dict], pictures: list[bytes], answer: list[int]) -> list[torch.Tensor]:
+    """Where an answer of PEFT's own model looked; its attention can be watched as the engine's can."""
+    inner = owl.get_base_model()
+    inner.model.language_model.set_attn_implementation(attention.register())
+    pixels = torch.stack([processor.image_processor.pixels(data) for data in pictures])
+    try:
+        return looked(inner, processor.encode(messages, prompt=True).ids, answer, pixels)
+    finally:
+        inner.model.language_model.set_attn_implementation("sdpa")
 
 
 class Asking:
@@ -165,6 +168,40 @@ def test_who_stops_reading_frees_place_and_pictures(pair):
     asyncio.run(run())
 
 
+def test_who_leaves_while_a_picture_is_read_leaves_nothing_behind(pair):
+    """However often it is told to go."""
+    owl, processor = pair
+    reading, go = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        engine = Batching(owl, processor.end_id, ROOM)
+        encode = engine.encode
+
+        def slowly(picture):
+            reading.set()
+            go.wait(10)
+            return encode(picture)
+
+        engine.encode = slowly
+        try:
+            ids = processor.encode(asked(0, 1), prompt=True).ids
+            shown = [Picture("a", processor.image_processor.pixels(png(0)).numpy())]
+            asking = asyncio.ensure_future(anext(engine.submit(Ask("left", ids, shown, Sampling(), 400))))
+            await asyncio.to_thread(reading.wait, 10)
+            for _ in range(2):
+                asking.cancel()
+                await asyncio.sleep(0.01)
+            assert engine.asked == 1
+            go.set()
+            await engine.drain()
+            assert not engine.pictures.users
+            assert asking.cancelled()
+        finally:
+            engine.stop()
+
+    asyncio.run(run())
+
+
 def test_a_picture_keeps_its_ids_and_others_never_get_them():
     words = torch.nn.Embedding(10, 4)
     pictures = PictureIds(words, tokens=2, rooms=2)
@@ -194,19 +231,11 @@ def test_noise_and_limits():
     assert drawn.bincount().div(4000).tolist() == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
 
 
-def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared):
+def test_an_answer_keeps_to_a_json_schema_alone_and_in_a_batch(shared, tmp_path):
     """On a tokenizer with letters; beside requests that are free."""
     llguidance = pytest.importorskip("llguidance.hf")
-    tokenizer = AutoTokenizer.from_pretrained(shared / "data/weights/tinystories-llama/stories260K")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = OwlConfig(
-        vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14),
-        abstractor_config=OwlAbstractorConfig(**shape, encoder_hidden_size=32, num_queries=6),
-        text_config=LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=512),
-    )
-    owl = OwlForConditionalGeneration(config).eval()
-    processor = OwlProcessor.for_model(config, OwlImageProcessor(56), tokenizer, "plain")
+    owl, processor = load(lettered(tmp_path, shared))
+    tokenizer = processor.tokenizer
     schema = {
         "type": "object",
         "properties": {"kind": {"enum": ["owl", "cat"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -245,6 +274,7 @@ def test_requests_of_several_adapters_share_a_batch(pair, tmp_path):
     owl, processor = pair
     jobs = [(asked(n, n % 2), [png(n)] * (n % 2), 8) for n in range(6)]
     wanted, names = {"": [expected(owl, processor, *job) for job in jobs]}, [""]
+    maps = []
     for number in range(2):
         torch.manual_seed(number)
         doubled = r"v_proj\.multiway\.[01]" if owl.config.modality_adaptive else "v_proj"
@@ -257,6 +287,7 @@ def test_requests_of_several_adapters_share_a_batch(pair, tmp_path):
         adapted.save_pretrained(folder)
         names.append(f"{folder}@{digest(folder)}")
         wanted[names[-1]] = [expected(adapted, processor, *job) for job in jobs]
+        maps.append(where(adapted, processor, *jobs[1][:2], wanted[names[-1]][1]))
         owl = adapted.unload()
     assert wanted[names[0]] != wanted[names[1]] != wanted[names[2]]
 
@@ -264,10 +295,21 @@ def test_requests_of_several_adapters_share_a_batch(pair, tmp_path):
         asking = Asking(owl, processor)
         try:
             every = [asking.ask(*job, delay=0.003 * n, adapter=name) for n, job in enumerate(jobs) for name in names]
-            return await asyncio.gather(*every)
+            made = await asyncio.gather(*every)
+            ids = processor.encode(jobs[1][0], prompt=True).ids
+            pictures = [Picture("1", processor.image_processor.pixels(data).numpy()) for data in jobs[1][1]]
+            seen = [
+                await asking.engine.looked(Ask("seen", ids, pictures, GREEDY, 8, adapter=name), wanted[name][1])
+                for name in names[1:]
+            ]
+            return made, seen
         finally:
             asking.engine.stop()
 
-    made = [tokens for tokens, _ in asyncio.run(run())]
+    told, seen = asyncio.run(run())
+    made = [tokens for tokens, _ in told]
     for place, name in enumerate(names):
         assert made[place :: len(names)] == wanted[name]
+    for (grid,), (right,) in zip(seen, maps, strict=True):
+        assert torch.allclose(torch.from_numpy(grid), right, atol=1e-6)
+    assert not torch.allclose(maps[0][0], maps[1][0], atol=1e-4)

@@ -65,6 +65,12 @@ async def follow(address: str) -> list[tuple[float, str, int]]:
         await asyncio.gather(*clients)
         phase = "none"
         await until(0, 120)
+        told = {"authorization": f"Bearer {SECRET}"}
+        for path in ("ready", "metrics", "v1/models"):  # none of these wakes it
+            async with session.get(f"{address}/{path}", headers=told) as reply:
+                assert reply.status == 200
+        await asyncio.sleep(5)
+        assert seen[-1][2] == 0
         phase = "one again"
         began_again = time.monotonic()
         outcome = await ask(session, load, body_of(load, 1))

@@ -22,7 +22,8 @@ from pipelines import storage
 from pipelines.serving.api import ChatRequest, CompletionRequest, Refusal
 from pipelines.serving.keys import OPEN
 from pipelines.serving.options import Serving
-from pipelines.serving.serve import open_engine, refuse_no_model, shared_of
+from pipelines.serving.serve import open_engine, refuse_no_model
+from pipelines.serving.shared import Shared
 from pipelines.settings import OwlError
 
 KINDS: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
@@ -76,7 +77,7 @@ class Answerer:
         from pipelines.serving.meters import Meters
         from pipelines.serving.models import Models
 
-        shared = shared_of(settings)
+        shared = Shared(settings.media)
         engine = open_engine(model, settings, shared)
         self.gateway = Gateway(Models(model, settings), settings, engine, shared, None, Meters("batch"))
         self.places = asyncio.Semaphore(settings.room.requests)
@@ -115,7 +116,7 @@ class Answerer:
             raise Refusal(400, "stream: a file is not streamed into", "stream")
         async with self.places:
             if isinstance(request, ChatRequest):
-                work = await self.gateway.chat(request, OPEN, name)
+                work = await self.gateway.reader.chat(request, OPEN, name)
             else:
-                work = await self.gateway.complete(request, OPEN, name)
+                work = await self.gateway.reader.complete(request, OPEN, name)
             return await self.gateway.whole(work)

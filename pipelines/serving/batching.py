@@ -26,7 +26,7 @@ from pipelines.serving import attention
 from pipelines.serving.adapters import Adapters
 from pipelines.serving.attention import Slots
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
-from pipelines.serving.options import Room
+from pipelines.serving.options import Room, longest_of
 from pipelines.serving.sampling import Choice, grammar_of
 from pipelines.serving.shared import Shared, There
 from pipelines.serving.virtual import PictureIds
@@ -155,6 +155,8 @@ class Batching:
         self.asked = 0
         """Requests that are here."""
         self.counts = {"prompt_tokens": 0, "cached_tokens": 0}
+        self.endings: set[asyncio.Task] = set()
+        """Of requests that are being ended; the event loop itself does not hold its tasks."""
         self.manager.start()
 
     async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
@@ -163,19 +165,20 @@ class Batching:
         if self.asked >= self.room.requests + self.room.queue:
             raise Busy(f"{self.asked} requests are being answered or wait; no more are taken")
         self.asked += 1
-        taken: list[list[int]] = []
+        takes: list[asyncio.Task[list[int]]] = []
         over, submitted = False, False
         try:
             if ask.adapter:
                 self.decoder.adapter_of[ask.name] = ask.adapter
                 await apart(self.adapters.load, ask.adapter, set(self.decoder.adapter_of.values()))
             for picture in ask.pictures:
-                taken.append(await self.take(picture))
+                takes.append(asyncio.create_task(self.take(picture)))
+                await asyncio.shield(takes[-1])
             arrived: asyncio.Queue = asyncio.Queue()
             self.manager.register_result_handler(ask.name, arrived.put_nowait)
             submitted = True
             self.manager.add_request(
-                self.with_pictures(ask, taken),
+                self.with_pictures(ask, [take.result() for take in takes]),
                 request_id=ask.name,
                 max_new_tokens=ask.longest,
                 streaming=True,
@@ -200,26 +203,36 @@ class Batching:
                 if tokens or over:
                     yield Step(tokens, facts, finish, cached)
         finally:
-            if submitted and not over:
-                await asyncio.shield(self.cancel(ask.name))
-            self.choice.forget(ask.name)
-            self.decoder.adapter_of.pop(ask.name, None)
-            if self.decoder.slots is not None:
-                self.decoder.slots.leave(ask.name)
-            if ask.name in self.cached:
-                self.counts["prompt_tokens"] += len(ask.ids)
-                self.counts["cached_tokens"] += self.cached.pop(ask.name)
-            for some in taken:
-                self.pictures.let_go(some)
-            self.asked -= 1
+            ending = asyncio.create_task(self.ended(ask, takes, running=submitted and not over))
+            self.endings.add(ending)
+            ending.add_done_callback(self.endings.discard)
+            await asyncio.shield(ending)
+
+    async def ended(self, ask: Ask, takes: list[asyncio.Task[list[int]]], running: bool) -> None:
+        """Gives back all that a request held. Not to be cancelled: a picture's room would be lost, or be given away
+        while a step still reads it."""
+        if running:
+            await self.cancel(ask.name)
+        self.choice.forget(ask.name)
+        self.decoder.adapter_of.pop(ask.name, None)
+        if self.decoder.slots is not None:
+            self.decoder.slots.leave(ask.name)
+        if ask.name in self.cached:
+            self.counts["prompt_tokens"] += len(ask.ids)
+            self.counts["cached_tokens"] += self.cached.pop(ask.name)
+        for taken in await asyncio.gather(*takes, return_exceptions=True):
+            if isinstance(taken, list):
+                self.pictures.let_go(taken)
+        self.asked -= 1
 
     def refuse_unfit(self, ask: Ask) -> None:
         """Raises Unfit for what would never be answered, or would end the engine."""
         words = [token for token in ask.ids if token not in self.media]
         if not ask.ids or not all(0 <= token < self.pictures.first for token in words):
             raise Unfit(f"the prompt must be of token ids from 0 to {self.pictures.first - 1}")
-        if len(ask.ids) + ask.longest > self.longest:
-            raise Unfit(f"the prompt has {len(ask.ids)} tokens, of {self.longest} that prompt and answer may have")
+        longest = longest_of(self.owl.config, self.room)
+        if len(ask.ids) + ask.longest > longest:
+            raise Unfit(f"the prompt has {len(ask.ids)} tokens, of {longest} that prompt and answer may have")
         runs = len(ask.ids) - len(words)
         if runs != len(ask.pictures) * self.pictures.tokens:
             raise Unfit(f"the prompt has {runs} placeholders, for {len(ask.pictures)} pictures")
@@ -227,11 +240,6 @@ class Batching:
             if self.choice.grammars is None:
                 raise Unfit("response_format: this engine has no grammars")
             grammar_of(ask.sampling.schema_)
-
-    @property
-    def longest(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return min(getattr(self.owl.config.text_config, "max_position_embeddings", 1 << 30), self.room.tokens)
 
     async def take(self, picture: Picture) -> list[int]:
         """The picture's ids; its embeddings come from the shelf where another engine made them, or go there."""
@@ -294,13 +302,25 @@ class Batching:
         """As of engine.Engine; another pass over prompt and answer, beside the running batch."""
         if not answer or any(picture.pixels.ndim != 3 for picture in ask.pictures):
             raise Unfit("there is an answer about pictures to be looked at")
-        if ask.adapter:
-            raise Unfit("answers of adapters are not watched")
         pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in ask.pictures])
+        name = f"{ask.name} looked"
+        if ask.adapter:
+            self.decoder.adapter_of[name] = ask.adapter
         try:
-            return [grid.numpy() for grid in await apart(looked, self.owl, ask.ids, answer, pixels)]
+            if ask.adapter:
+                await apart(self.adapters.load, ask.adapter, set(self.decoder.adapter_of.values()))
+            return await apart(self.look, ask, answer, pixels)
         except ValueError as error:
             raise Unfit(str(error)) from None
+        finally:
+            self.decoder.adapter_of.pop(name, None)
+
+    def look(self, ask: Ask, answer: list[int], pixels: torch.Tensor) -> list[np.ndarray]:
+        ids = torch.tensor([*ask.ids, *answer[:-1]], device=self.owl.device)
+        split = sort_rows(ids[None] == self.media[0]) if self.owl.config.modality_adaptive else None
+        rows = [(ask.adapter, slice(0, len(ids)))] if ask.adapter else []
+        with self.adapters.used(rows, split):
+            return [grid.numpy() for grid in looked(self.owl, ask.ids, answer, pixels)]
 
     async def stats(self) -> dict[str, float]:
         """As of engine.Engine."""

@@ -1,6 +1,6 @@
-"""A request's way: from OpenAI's words to token ids and pixels, and from an engine's tokens back to OpenAI's words.
+"""A request's way back: from an engine's tokens to OpenAI's words, through whatever happens to engines and clients.
 
-The engine sees neither text nor HTTP. Whatever is refused is refused here, by name, in OpenAI's shape.
+The way in is reading.py. The engine sees neither text nor HTTP.
 """
 
 from __future__ import annotations
@@ -8,31 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from typing import Any, NamedTuple, TypeVar
 
-from pipelines.records import parts
-from pipelines.serving.api import (
-    Asking,
-    ChatRequest,
-    CompletionRequest,
-    Refusal,
-    Shape,
-    Tokenized,
-    TokenizeMessages,
-    TokenizeText,
-    usage_of,
-)
-from pipelines.serving.engine import Ask, Busy, Died, Engine, Picture, Sampling, Unfit
-from pipelines.serving.keys import UNITS, Key
-from pipelines.serving.media import Pictures, plain
+from pipelines.serving.api import ChatRequest, Refusal, usage_of
+from pipelines.serving.engine import Busy, Died, Engine, Unfit
+from pipelines.serving.keys import Key
 from pipelines.serving.meters import Meters
 from pipelines.serving.models import Models
 from pipelines.serving.options import Serving
+from pipelines.serving.reading import Reader, Work
 from pipelines.serving.shared import Shared, There
 from pipelines.serving.writing import Writer
 
@@ -50,32 +36,6 @@ class Piece(NamedTuple):
     finish: str | None
 
 
-@dataclass
-class Work:
-    """One request while it is answered."""
-
-    request: Asking
-    key: Key
-    shape: Shape
-    asks: list[Ask]
-    arrived: float
-    charged: dict[str, int]
-    answers: list[list[int]] = field(default_factory=list)
-    """The tokens of each choice, as they come."""
-    cached: int = 0
-    first: float | None = None
-    """When the first token was there."""
-
-    @property
-    def model(self) -> str:
-        return self.request.model
-
-    @property
-    def prompt(self) -> int:
-        """Tokens of all prompts; choices of one share it."""
-        return sum(len(ask.ids) for ask in self.asks[:: self.request.n])
-
-
 class Gateway:
     """What an endpoint's routes do. ``keys`` is None where none are asked for."""
 
@@ -90,146 +50,7 @@ class Gateway:
     ):
         self.models, self.settings, self.engine, self.shared = models, settings, engine, shared
         self.keys, self.meters = keys, meters
-        self.processor = models.processor
-        self.pictures = Pictures(settings.media, self.processor, shared)
-
-    # --- before an engine is asked -----------------------------------------------------------------------------------
-
-    async def chat(self, request: ChatRequest, key: Key, name: str) -> Work:
-        """A chat request made ready. Raises Refusal."""
-        arrived = time.monotonic()
-        self.models.refuse_unknown(request.model)
-        pictures = await self.pictures.of(request.messages, key)
-        if pictures:
-            self.meters.observe("picture_seconds", time.monotonic() - arrived, model_name=request.model, key=key.name)
-        ids = self.prompt_of(request.messages, len(pictures))
-        held = request.response_format and request.response_format.held_to
-        return await self.work(
-            request,
-            key,
-            Shape(request.model, chat=True),
-            [(ids, pictures)],
-            name,
-            arrived,
-            schema_=json.dumps(held) if held is not None else "",
-            logprobs=request.told,
-        )
-
-    async def complete(self, request: CompletionRequest, key: Key, name: str) -> Work:
-        """Likewise of plain completions."""
-        arrived = time.monotonic()
-        self.models.refuse_unknown(request.model)
-        prompts = [self.ids_of(p) if isinstance(p, str) else p for p in request.prompts]
-        if any(token in (self.processor.image_token_id, self.processor.video_token_id) for p in prompts for token in p):
-            raise Refusal(400, "prompt: pictures can be shown in chat completions only", "prompt")
-        shape = Shape(request.model, chat=False)
-        return await self.work(
-            request, key, shape, [(p, []) for p in prompts], name, arrived, logprobs=request.logprobs
-        )
-
-    async def work(
-        self,
-        request: ChatRequest | CompletionRequest,
-        key: Key,
-        shape: Shape,
-        prompts: list[tuple[list[int], list[Picture]]],
-        name: str,
-        arrived: float,
-        **sampling: Any,
-    ) -> Work:
-        room = self.models.longest - max(len(ids) for ids, _ in prompts)
-        if room < 1:
-            raise Refusal(
-                400,
-                f"the prompt takes {self.models.longest - room} tokens, more than the model can hold with an answer; "
-                f"prompt and answer may have {self.models.longest} together",
-                "messages" if shape.chat else "prompt",
-                "context_length_exceeded",
-            )
-        longest = min(request.longest or self.settings.longest, room)
-        seed = random.getrandbits(31) if request.seed is None else request.seed
-        adapter = self.models.adapter(request.model)
-        asks = [
-            Ask(
-                f"{name}-{number * request.n + choice}" if request.n * len(prompts) > 1 else name,
-                ids,
-                pictures,
-                Sampling(
-                    temperature=request.temperature,
-                    top_p=request.top_p,
-                    top_k=request.top_k,
-                    seed=seed + choice,
-                    presence_penalty=request.presence_penalty,
-                    frequency_penalty=request.frequency_penalty,
-                    ignore_end=request.ignore_eos,
-                    **sampling,
-                ),
-                longest,
-                f"{key.name}\0{request.cache_salt or ''}",
-                adapter,
-            )
-            for number, (ids, pictures) in enumerate(prompts)
-            for choice in range(request.n)
-        ]
-        shown = sum(len(pictures) for _, pictures in prompts)
-        asked = {
-            "requests": 1,
-            "tokens": sum(len(ids) for ids, _ in prompts) + len(asks) * longest,
-            "pictures": shown,
-        }
-        await self.charge(key, asked)
-        self.meters.count("pictures_total", shown, model_name=request.model, key=key.name)
-        return Work(request, key, shape, asks, arrived, asked, [[] for _ in asks])
-
-    async def charge(self, key: Key, amounts: dict[str, int]) -> None:
-        """Raises Refusal where the key has spent too much."""
-        if all(getattr(key, f"{unit}_a_minute") is None for unit in UNITS):
-            return
-        short = await self.shared.spend(key, amounts)
-        if short is None:
-            return
-        unit, wait = short
-        limit = getattr(key, f"{unit}_a_minute")
-        self.meters.count("admission_rejections_total", key=key.name, reason=f"{unit}_budget")
-        if math.isinf(wait):
-            told = f"the request asks for {amounts[unit]} {unit}; this key may spend {limit} a minute"
-            raise Refusal(429, told, code="insufficient_quota")
-        told = f"this key may spend {limit} {unit} a minute; try again in {math.ceil(wait)} s"
-        raise Refusal(429, told, code="rate_limit_exceeded", wait=math.ceil(wait))
-
-    def prompt_of(self, messages: list, pictures: int) -> list[int]:
-        """A conversation's token ids. Raises Refusal."""
-        spoken = plain(messages)
-        self.refuse_longer(sum(len(part.get("text", "")) for message in spoken for part in parts(message["content"])))
-        try:
-            encoded = self.processor.encode(spoken, prompt=True)
-        except ValueError as problem:
-            raise Refusal(400, f"messages: {problem}", "messages") from None
-        if encoded.images + encoded.videos != pictures:
-            raise Refusal(400, "messages: a text holds a picture's placeholder", "messages")
-        return encoded.ids
-
-    def refuse_longer(self, characters: int) -> None:
-        """Raises Refusal for a text that is too long whatever its tokens are, before it is cut into them."""
-        if characters > self.models.longest * self.models.longest_word:
-            raise Refusal(
-                400,
-                f"the text has {characters} characters, more than the model can hold in {self.models.longest} tokens",
-                code="context_length_exceeded",
-            )
-
-    def ids_of(self, text: str) -> list[int]:
-        self.refuse_longer(len(text))
-        return self.processor.tokenizer(text)["input_ids"]
-
-    async def tokenize(self, request: TokenizeText | TokenizeMessages, key: Key) -> Tokenized:
-        """Raises Refusal."""
-        self.models.refuse_unknown(request.model)
-        if isinstance(request, TokenizeText):
-            ids = self.ids_of(request.prompt)
-        else:
-            ids = self.prompt_of(request.messages, len(await self.pictures.of(request.messages, key)))
-        return Tokenized(count=len(ids), max_model_len=self.models.longest, tokens=ids)
+        self.reader = Reader(models, settings, shared, meters)
 
     # --- while it answers --------------------------------------------------------------------------------------------
 
@@ -237,7 +58,7 @@ class Gateway:
         """One choice's text as it comes. An engine that goes away before it said anything is replaced by another.
         Raises Refusal."""
         ask, tries = work.asks[index], 1
-        writer = Writer(self.processor.tokenizer, work.request.stops, ask.sampling.logprobs is not None)
+        writer = Writer(self.models.processor.tokenizer, work.request.stops, ask.sampling.logprobs is not None)
         labels = {"model_name": work.model, "key": work.key.name}
         last: float | None = None
         while True:
@@ -342,7 +163,7 @@ class Gateway:
         if work.key.tokens_a_minute is not None and unused > 0:
             await self.shared.spend(work.key, {"tokens": -unused})
         if self.settings.log_content:
-            tokenizer = self.processor.tokenizer
+            tokenizer = self.models.processor.tokenizer
             answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in work.answers]
             log.info("%s: %r → %r", work.asks[0].name, tokenizer.decode(work.asks[0].ids), answers)
 
@@ -354,9 +175,9 @@ class Gateway:
         if isinstance(work.request, ChatRequest) and work.request.looked and work.asks[0].pictures:
             try:
                 maps = await self.engine.looked(work.asks[0], work.answers[0])
-            except Unfit as problem:
-                raise Refusal(400, f"looked: {problem}", "looked") from None
-            found["looked"] = [[[round(float(value), 5) for value in row] for row in grid] for grid in maps]
+                found["looked"] = [[[round(float(value), 5) for value in row] for row in grid] for grid in maps]
+            except (Unfit, Died) as problem:  # the answer itself is there
+                found |= {"looked": None, "not_looked": str(problem)}
         return {"owl": found} if found else {}
 
     # --- what goes back ----------------------------------------------------------------------------------------------
@@ -415,43 +236,31 @@ class Gateway:
             raise Refusal(503, "no engine is ready", code="not_ready", wait=2) from None
 
     async def metrics(self) -> bytes:
-        """Prometheus' page of this gateway, with what an engine told of itself just now."""
-        stats = await self.engine.stats()
-        for name, of in ENGINE_STATS.items():
-            if of in stats:
-                self.meters.set(name, stats[of])
-        if "pictures_known" in stats:
-            self.meters.set("mm_cache_queries", stats["pictures_known"] + stats["pictures_encoded"])
+        """Prometheus' page of this gateway, and of an engine that runs beside it."""
+        self.meters.tell(await self.engine.stats())
         return self.meters.page()
 
     async def start(self) -> None:
-        await self.pictures.decoders.start()
+        await self.reader.pictures.decoders.start()
 
     async def close(self) -> None:
-        await self.pictures.close()
-
-
-ENGINE_STATS = {
-    "num_requests_running": "running",
-    "num_requests_waiting": "waiting",
-    "kv_cache_usage_perc": "cache",
-    "mm_cache_hits": "pictures_known",
-    "prefix_cache_hits": "cached_tokens",
-    "prefix_cache_queries": "prompt_tokens",
-}
+        await self.reader.pictures.close()
 
 
 def event(value: dict) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def unless_left(answer: Coroutine[Any, Any, dict], left: Coroutine[Any, Any, None]) -> dict | None:
+Answer = TypeVar("Answer")
+
+
+async def unless_left(answer: Awaitable[Answer], left: Awaitable[None]) -> Answer | None:
     """An answer, or None where its reader leaves first: then nothing goes on with it."""
-    tasks = asyncio.create_task(answer), asyncio.create_task(left)
+    waiting, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(left)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return waiting.result() if waiting.done() else None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        waiting.cancel()
+        leaving.cancel()
+        await asyncio.gather(waiting, leaving, return_exceptions=True)

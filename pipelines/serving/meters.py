@@ -1,6 +1,7 @@
 """What an endpoint measures of itself, under vLLM's names with our prefix where they mean the same.
 
-A gateway counts for its own /metrics page, and, on Ray Serve, for Ray's exporter too, where all replicas add up.
+A gateway counts for its own /metrics page, and, on Ray Serve, for Ray's exporter too, where all replicas add up; an
+engine replica tells Ray's exporter alone.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ METERS = {
 }
 
 
+TOLD = {
+    "num_requests_running": "running",
+    "num_requests_waiting": "waiting",
+    "kv_cache_usage_perc": "cache",
+    "mm_cache_hits": "pictures_known",
+    "prefix_cache_hits": "cached_tokens",
+    "prefix_cache_queries": "prompt_tokens",
+}
+"""Meter → what an engine's `stats` call it."""
+
+
 class Meters:
     def __init__(self, replica: str):
         self.replica, self.registry = replica, CollectorRegistry()
@@ -74,6 +86,14 @@ class Meters:
         self.own[name].labels(replica=self.replica).set(value)
         if self.rays:
             self.rays[name].set(value, tags={"replica": self.replica})
+
+    def tell(self, stats: dict[str, float]) -> None:
+        """What an engine says of itself (engine.Engine.stats)."""
+        for name, of in TOLD.items():
+            if of in stats:
+                self.set(name, stats[of])
+        if "pictures_known" in stats:
+            self.set("mm_cache_queries", stats["pictures_known"] + stats["pictures_encoded"])
 
     def add(self, name: str, amount: float) -> None:
         """To a gauge of our own page."""

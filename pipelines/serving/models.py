@@ -12,7 +12,7 @@ from owl_model import OwlConfig, OwlProcessor
 from pipelines import storage
 from pipelines.serving.api import Refusal
 from pipelines.serving.engine import Ask
-from pipelines.serving.options import Serving
+from pipelines.serving.options import Serving, longest_of
 
 
 class Models:
@@ -22,8 +22,7 @@ class Models:
         self.folder, self.settings = folder, settings
         self.config = OwlConfig.from_pretrained(folder)
         self.processor = OwlProcessor.from_pretrained(folder)
-        longest = getattr(self.config.text_config, "max_position_embeddings", None) or 1 << 30
-        self.longest = min(longest, settings.room.tokens)
+        self.longest = longest_of(self.config, settings.room)
         """Tokens that prompt and answer may have together."""
         self.longest_word = max(map(len, self.processor.tokenizer.get_vocab()))
         """Characters that one token may stand for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -24,6 +24,11 @@ class Room(Settings):
     """Requests that may wait; more are refused at once."""
     pictures: PositiveInt = 256
     """Pictures whose embeddings are held."""
+
+
+def longest_of(config: Any, room: Room) -> int:
+    """Tokens that prompt and answer may have together, of a model's configuration."""
+    return min(getattr(config.text_config, "max_position_embeddings", None) or 1 << 30, room.tokens)
 
 
 class Media(Settings):

@@ -14,24 +14,24 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
 import uvicorn
-from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus, ReplicaState
 
 from pipelines import storage
 from pipelines.serving.engine import Ask, Busy, Died, Engine, Step, Unfit
 from pipelines.serving.keys import Key, read_keys
+from pipelines.serving.meters import Meters
 from pipelines.serving.options import Serving
 from pipelines.serving.shared import Shared, There
-from pipelines.settings import OwlError, Settings
+from pipelines.settings import OwlError
 
 log = logging.getLogger("owl.serving")
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
@@ -65,16 +65,11 @@ def open_gateway(
 ) -> Any:
     """The ASGI application in front of an engine."""
     from pipelines.serving.gateway import Gateway
-    from pipelines.serving.meters import Meters
     from pipelines.serving.models import Models
     from pipelines.serving.web import application
 
     meters = Meters(f"{os.uname().nodename}-{os.getpid()}")
     return application(Gateway(Models(model, settings), settings, engine, shared, keys, meters), proxied)
-
-
-def shared_of(settings: Serving) -> Shared:
-    return Shared(settings.media.upload_megabytes << 20, settings.media.embedding_megabytes << 20)
 
 
 def keys_of(settings: Serving, made: Key | None) -> dict[str, Key] | None:
@@ -92,7 +87,7 @@ async def alone(model: str, settings: Serving, made: Key | None, started: Callab
     """Gateway and engine in this process, until it is told to stop; ``started`` is told the address."""
     refuse_no_model(model)
     keys = keys_of(settings, made)
-    shared = shared_of(settings)
+    shared = Shared(settings.media)
     engine = open_engine(model, settings, shared)
     web = open_gateway(model, settings, engine, shared, keys)
     port = free_port(settings.host, settings.port)
@@ -134,6 +129,7 @@ class EngineReplica:
 
     def __init__(self, model: str, settings: dict, shared: DeploymentHandle):
         self.engine = open_engine(model, Serving(**settings), There(shared))
+        self.meters = Meters(serve.get_replica_context().replica_id.unique_id)
 
     async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
         steps = self.engine.submit(Ask(*ask))
@@ -146,13 +142,8 @@ class EngineReplica:
     async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
         return await self.engine.looked(Ask(*ask), answer)
 
-    async def stats(self) -> dict[str, float]:
-        return await self.engine.stats()
-
     async def check_health(self) -> None:
-        await self.engine.check()
-
-    async def check(self) -> None:
+        self.meters.tell(await self.engine.stats())
         await self.engine.check()
 
 
@@ -184,12 +175,19 @@ class Replicas:
             return await self.handle.looked.remote(ask, answer)
         except Unfit as problem:
             raise known_cause(problem) from None
+        except (BackPressureError, RayError, DeploymentUnavailableError) as problem:
+            raise Died(f"no engine replica could say: {type(problem).__name__}") from None
 
     async def stats(self) -> dict[str, float]:
-        return await self.handle.stats.remote()
+        """Nothing: each replica tells Ray of itself. To ask one would wake an endpoint that sleeps."""
+        return {}
 
     async def check(self) -> None:
-        await self.handle.check.remote()
+        """Of what Serve knows, for the same reason; an endpoint that sleeps is ready."""
+        status = await asyncio.to_thread(serve.status)
+        engine = status.applications[self.handle.deployment_id.app_name].deployments[self.handle.deployment_name]
+        if not engine.replica_states.get(ReplicaState.RUNNING) and engine.status != DeploymentStatus.HEALTHY:
+            raise RuntimeError(f"no engine replica runs: {engine.status}")
 
     async def drain(self) -> None:
         """Serve drains replicas by itself."""
@@ -234,7 +232,7 @@ def build(model: str, settings: Serving, made: Key | None = None) -> serve.Appli
     shared = serve.deployment(Shared).options(
         name="Shared", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
     )
-    shared = shared.bind(settings.media.upload_megabytes << 20, settings.media.embedding_megabytes << 20)
+    shared = shared.bind(settings.media)
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         name="Engine",
         max_ongoing_requests=ongoing,
@@ -277,63 +275,6 @@ def running(model: str, settings: Serving, made: Key | None = None) -> Iterator[
         yield f"http://{settings.host}:{port}"
     finally:
         serve.shutdown()
-
-
-class Deployed(Settings):
-    """The args of an application in a Serve config file."""
-
-    model: str
-    """A model folder that all machines see."""
-    serving: Serving = Serving()
-    """As in a recipe; host and port stand in the file's http_options."""
-
-
-def from_config(args: dict[str, Any]) -> serve.Application:
-    """What a Serve config file's import_path names. Raises OwlError for an unknown setting, by its name."""
-    chosen = checked(Deployed, args, "args")
-    return build(chosen.model, chosen.serving)
-
-
-def deploy(path: str) -> str:
-    """Deploys a Serve config file, refusing what Serve would disregard; returns the address. A later file of the same
-    application replaces its replicas one after another."""
-    import yaml
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
-
-    told = yaml.safe_load(storage.read_bytes(path))
-    refuse_unknown(told, ServeDeploySchema, path)
-    refuse_unknown(told.get("http_options", {}), HTTPOptions, f"{path}, http_options")
-    for number, given in enumerate(told.get("applications", [])):
-        refuse_unknown(given, ServeApplicationSchema, f"{path}, applications.{number}")
-        checked(Deployed, given.get("args", {}), f"{path}, applications.{number}.args")
-    schema = checked(ServeDeploySchema, told, path)
-    options = {"host": "127.0.0.1", **told.get("http_options", {})}
-    serve.start(http_options=options, logging_config=QUIET)
-    client = _get_global_client()
-    client.deploy_apps(schema, _blocking=True)
-    return f"http://{options['host']}:{options.get('port', 8000)}"
-
-
-def refuse_unknown(given: Any, schema: type[BaseModel], place: str) -> None:
-    """Serve accepts misspelt keys, and disregards them."""
-    if not isinstance(given, dict):
-        raise OwlError(f"{place}: a mapping is meant to stand here")
-    for name in given:
-        if name not in schema.model_fields:
-            raise OwlError(f"{place}: there is no {name!r}; there are {', '.join(schema.model_fields)}")
-
-
-Schema = TypeVar("Schema", bound=BaseModel)
-
-
-def checked(schema: type[Schema], given: Any, place: str) -> Schema:
-    try:
-        return schema.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise OwlError(f"{place}: {name}: {first['msg']}") from None
 
 
 def refuse_no_model(model: str) -> None:

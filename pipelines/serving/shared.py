@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.serving.engine import Picture
 from pipelines.serving.keys import Budgets, Key
+from pipelines.serving.options import Media
 
 
 class Recent:
@@ -39,8 +40,9 @@ class Recent:
 class Shared:
     """In one process; on Ray Serve it is a deployment of one replica, which others reach as `There`."""
 
-    def __init__(self, upload_bytes: int, embedding_bytes: int):
-        self.uploads, self.known, self.budgets = Recent(upload_bytes), Recent(embedding_bytes), Budgets()
+    def __init__(self, media: Media):
+        self.uploads, self.known = Recent(media.upload_megabytes << 20), Recent(media.embedding_megabytes << 20)
+        self.budgets = Budgets()
 
     async def upload(self, owner: str, name: str) -> tuple[dict, Picture] | None:
         """What a key's owner uploaded under this id: its facts, and the picture."""

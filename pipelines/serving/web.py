@@ -130,20 +130,20 @@ def model_of(name: str) -> dict[str, Any]:
 async def chat(request: Request) -> Response:
     """An answer to a conversation with pictures."""
     gateway, body = gateway_of(request), await body_of(request, ChatRequest)
-    work = await gateway.chat(body, key_of(request), name_of(request))
+    work = await gateway.reader.chat(body, key_of(request), name_of(request))
     return await answered(request, gateway, work)
 
 
 async def completions(request: Request) -> Response:
     """What follows a text."""
     gateway, body = gateway_of(request), await body_of(request, CompletionRequest)
-    work = await gateway.complete(body, key_of(request), name_of(request))
+    work = await gateway.reader.complete(body, key_of(request), name_of(request))
     return await answered(request, gateway, work)
 
 
 async def tokenize(request: Request) -> Tokenized:
     """The token ids of a text or a conversation."""
-    return await gateway_of(request).tokenize((await body_of(request, TokenizeRequest)).root, key_of(request))
+    return await gateway_of(request).reader.tokenize((await body_of(request, TokenizeRequest)).root, key_of(request))
 
 
 async def upload(
@@ -154,7 +154,7 @@ async def upload(
         raise Refusal(400, "purpose: only 'vision' is kept here", "purpose")
     gateway = gateway_of(request)
     data = await file.read(gateway.settings.media.max_bytes + 1)
-    return await gateway.pictures.upload(data, clean(file.filename or "picture"), key_of(request))
+    return await gateway.reader.pictures.upload(data, clean(file.filename or "picture"), key_of(request))
 
 
 async def uploaded(request: Request, name: str) -> Upload:
@@ -245,7 +245,10 @@ async def answered(request: Request, gateway: Gateway, work) -> Response:
     request.scope["owl"]["work"] = work
     if work.request.stream:
         events = gateway.events(work)
-        first = await anext(events)  # what is refused is refused with its status
+        first = await unless_left(anext(events), left(request))  # what is refused is refused with its status
+        if first is None:
+            await events.aclose()
+            return Response(status_code=499)
 
         async def all_of_them():
             try:

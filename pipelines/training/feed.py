@@ -267,8 +267,11 @@ class Feed:
         return replace(batch, inputs=inputs, views=[])
 
     def key_of(self, place: Place, index: int) -> Hashable:
-        """By what a picture is known: what it holds, or, where that is not written down or it is cropped, its place."""
-        if index == 0 and self.looks.crop == 1.0:
+        """By what a picture is known: what it holds, or, where that is not written down, its place; every crop of it,
+        by the epoch too."""
+        if self.looks.crop < 1.0:
+            return (*place, index)
+        if index == 0:
             sha256 = self.dataset.read(place.shard, place.row, ("sha256",))["sha256"]
             if sha256:
                 return self.dataset.shards[place.shard].folder_number, sha256

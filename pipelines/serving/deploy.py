@@ -1,0 +1,70 @@
+"""An endpoint from a Serve config file: what `owl serve --config FILE` and `serve deploy FILE` read."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+from pipelines import storage
+from pipelines.serving.options import Serving
+from pipelines.serving.serve import QUIET, build
+from pipelines.settings import OwlError, Settings
+
+
+class Deployed(Settings):
+    """The args of an application in a Serve config file."""
+
+    model: str
+    """A model folder that all machines see."""
+    serving: Serving = Serving()
+    """As in a recipe; host and port stand in the file's http_options."""
+
+
+def from_config(args: dict[str, Any]) -> serve.Application:
+    """What a Serve config file's import_path names. Raises OwlError for an unknown setting, by its name."""
+    chosen = checked(Deployed, args, "args")
+    return build(chosen.model, chosen.serving)
+
+
+def deploy(path: str) -> str:
+    """Deploys a Serve config file, refusing what Serve would disregard; returns the address. A later file of the same
+    application replaces its replicas one after another."""
+    told = yaml.safe_load(storage.read_bytes(path))
+    refuse_unknown(told, ServeDeploySchema, path)
+    refuse_unknown(told.get("http_options", {}), HTTPOptions, f"{path}, http_options")
+    for number, given in enumerate(told.get("applications", [])):
+        refuse_unknown(given, ServeApplicationSchema, f"{path}, applications.{number}")
+        checked(Deployed, given.get("args", {}), f"{path}, applications.{number}.args")
+    schema = checked(ServeDeploySchema, told, path)
+    options = {"host": "127.0.0.1", **told.get("http_options", {})}
+    serve.start(http_options=options, logging_config=QUIET)
+    client = _get_global_client()
+    client.deploy_apps(schema, _blocking=True)
+    return f"http://{options['host']}:{options.get('port', 8000)}"
+
+
+def refuse_unknown(given: Any, schema: type[BaseModel], place: str) -> None:
+    """Serve accepts misspelt keys, and disregards them."""
+    if not isinstance(given, dict):
+        raise OwlError(f"{place}: a mapping is meant to stand here")
+    for name in given:
+        if name not in schema.model_fields:
+            raise OwlError(f"{place}: there is no {name!r}; there are {', '.join(schema.model_fields)}")
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def checked(schema: type[Schema], given: Any, place: str) -> Schema:
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise OwlError(f"{place}: {name}: {first['msg']}") from None
