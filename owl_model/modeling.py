@@ -148,8 +148,8 @@ class OwlModel(OwlPreTrainedModel):
                 inputs_embeds = inputs_embeds + sum(p.flatten()[0] * 0.0 for p in idle)
             if self.config.modality_adaptive:
                 kwargs["rows"] = sort_rows(is_visual)
-        elif self.config.modality_adaptive:
-            raise ValueError("a modality-adaptive model needs input_ids, to know which rows are visual")
+        elif self.config.modality_adaptive and "rows" not in kwargs:
+            raise ValueError("a modality-adaptive model needs input_ids or rows, to know which rows are visual")
         kwargs.pop("return_dict", None)
         return self.language_model(
             attention_mask=attention_mask,

@@ -166,15 +166,23 @@ def processor(model_folder) -> OwlProcessor:
 
 @pytest.fixture(params=["owl1", "owl2"])
 def pair(request, processor) -> tuple[OwlForConditionalGeneration, OwlProcessor]:
-    """Each family at a tiny size with wide random weights, so that a mistake shows: mPLUG-Owl with temporal modules,
-    and mPLUG-Owl2 with grouped-query attention, which the original could not run."""
+    return wide_random(request.param, processor)
+
+
+def wide_random(family: str, processor: OwlProcessor, width: int = 32):
+    """A family at a tiny size with wide random weights, so that a mistake shows: mPLUG-Owl with temporal modules, and
+    mPLUG-Owl2 with grouped-query attention, which the original could not run."""
     torch.manual_seed(0)
-    second = request.param == "owl2"
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    second = family == "owl2"
+    shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = OwlConfig(
         vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14, temporal=not second),
         abstractor_config=OwlAbstractorConfig(
-            **shape, encoder_hidden_size=32, num_queries=6, grid_size=4 if second else 0, temporal=not second
+            **shape,
+            encoder_hidden_size=width,
+            num_queries=6,
+            grid_size=4 if second else 0,
+            temporal=not second,
         ),
         text_config=LlamaConfig(
             **shape,
@@ -189,7 +197,7 @@ def pair(request, processor) -> tuple[OwlForConditionalGeneration, OwlProcessor]
         for parameter in owl.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
     images = type(processor.image_processor)(56)
-    return owl, OwlProcessor.for_model(config, images, processor.tokenizer, request.param)
+    return owl, OwlProcessor.for_model(config, images, processor.tokenizer, family)
 
 
 CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")

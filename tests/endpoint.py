@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import queue
 import threading
 from collections.abc import AsyncGenerator, Iterator
@@ -116,14 +117,31 @@ def shown(*pictures: bytes, text: str = "what color is the circle ?") -> list[di
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def lettered(folder: Path, shared: Path) -> str:
+ANIMALS = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["owl", "cat"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+def assert_animals(text: str) -> None:
+    """That an answer keeps to the schema."""
+    found = json.loads(text)
+    assert set(found) == {"kind", "count"}
+    assert found["kind"] in ("owl", "cat")
+    assert 0 <= found["count"] <= 99
+
+
+def lettered(folder: Path, shared: Path, width: int = 32) -> str:
     """A model folder of random weights that spells: with TinyStories' SentencePiece vocabulary of 512."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "data/weights/tinystories-llama/stories260K")
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = OwlConfig(
         vision_config=OwlVisionConfig(**shape, image_size=56, patch_size=14),
-        abstractor_config=OwlAbstractorConfig(**shape, encoder_hidden_size=32, num_queries=6),
+        abstractor_config=OwlAbstractorConfig(**shape, encoder_hidden_size=width, num_queries=6),
         text_config=LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=512),
     )
     OwlForConditionalGeneration(config).eval().save_pretrained(folder)

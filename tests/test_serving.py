@@ -11,7 +11,7 @@ import openai
 import pytest
 import requests
 import torch
-from endpoint import Slow, alone, lettered, png, shown
+from endpoint import ANIMALS, Slow, alone, assert_animals, lettered, png, shown
 from peft import LoraConfig, get_peft_model
 
 from jobs.replay import replay
@@ -333,13 +333,6 @@ def test_an_engine_that_dies_is_replaced_before_the_first_word_and_told_of_after
 
 
 def test_answers_that_keep_to_a_schema(shared, tmp_path):
-    schema = {
-        "type": "object",
-        "properties": {"kind": {"enum": ["owl", "cat"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
-        "required": ["kind", "count"],
-        "additionalProperties": False,
-        "x-guidance": {"whitespace_flexible": False},
-    }
     with alone(lettered(tmp_path, shared), ALONE) as (address, _):
         client = client_of(address)
         for seed in range(3):
@@ -349,11 +342,9 @@ def test_answers_that_keep_to_a_schema(shared, tmp_path):
                 temperature=1.0,
                 seed=seed,
                 max_tokens=80,
-                response_format={"type": "json_schema", "json_schema": {"name": "animals", "schema": schema}},
+                response_format={"type": "json_schema", "json_schema": {"name": "animals", "schema": ANIMALS}},
             )
-            found = json.loads(said.choices[0].message.content)
-            assert found["kind"] in ("owl", "cat")
-            assert 0 <= found["count"] <= 99
+            assert_animals(said.choices[0].message.content)
         wrong = {"name": "wrong", "schema": {"type": "nonsense"}}
         with pytest.raises(openai.BadRequestError, match="cannot be held to"):
             asked(client, shown(png(0)), response_format={"type": "json_schema", "json_schema": wrong})

@@ -70,6 +70,10 @@ class Serving(Settings):
     """File of API keys (`owl keys add`). Empty makes one key for as long as the endpoint runs."""
     no_keys: bool = False
     """Answers anyone, without a key."""
+    engine: Literal["builtin", "vllm"] = "builtin"
+    """What computes: the built-in engine, or vLLM, which is installed apart (docs/serving.md)."""
+    engine_python: str = ""
+    """Python of the environment that engine replicas run in, on Ray Serve; empty is the cluster's own."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the weights. bf16 is faster and takes half the memory; its answers may differ in their last bits from batch
     to batch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import socket
@@ -42,10 +43,18 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine:
-    """The engine, with a model folder in it."""
+    """The engine, with a model folder in it. Raises OwlError where vLLM is asked for and not there."""
     import torch
 
+    from owl_model import OwlProcessor
     from owl_model.answering import load
+
+    if settings.engine == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise OwlError("there is no vLLM in this environment; docs/serving.md says how it is installed")
+        from pipelines.serving.vllm.engine import Vllm
+
+        return Vllm(model, OwlProcessor.from_pretrained(model).end_id, settings)
     from pipelines.serving.batching import Batching, grammars_of
 
     with ThreadPoolExecutor(1) as apart:  # see batching.apart
@@ -227,7 +236,9 @@ def build(model: str, settings: Serving, made: Key | None = None) -> serve.Appli
     refuse_no_model(model)
     keys_of(settings, made)
     given = settings.model_dump()
-    actors = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
+    actors: dict[str, Any] = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
+    if settings.engine_python:
+        actors["runtime_env"] = {"py_executable": settings.engine_python}
     ongoing = settings.room.requests + settings.room.queue
     shared = serve.deployment(Shared).options(
         name="Shared", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
