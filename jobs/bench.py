@@ -203,21 +203,23 @@ def easy_vqa(
 
 @app.command()
 def engines(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the model that is made.")],
     precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "bf16",
     clients: Annotated[list[int] | None, typer.Option("--clients", help="Requests at once. Repeatable.")] = None,
     contexts: Annotated[list[int] | None, typer.Option("--context", help="Tokens of a prompt. Repeatable.")] = None,
     new: Annotated[int, typer.Option("--new", help="Tokens of an answer.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
+    vllm: Annotated[str, typer.Option("--vllm", help="Python of vLLM's environment, such as .vllm/bin/python.")] = "",
+    llama_server: Annotated[str, typer.Option("--llama-server", help="llama.cpp's server (needs gguf).")] = "",
 ) -> None:
-    """The built-in engine's decoding beside transformers' generate, its static batches and its continuous batching."""
+    """An endpoint's answers beside transformers' generate, its static batches and continuous batching, and servers."""
     from jobs.bench_engines import PRECISIONS, measure
 
     if precision not in PRECISIONS:
         raise OwlError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    for context in contexts or [64, 512]:
-        for count in clients or [1, 8, 16]:
-            for result in measure(precision, count, context, new, repeats):
-                print(json.dumps(result), flush=True)
+    shapes = (clients or [1, 8, 16], contexts or [64, 512])
+    for result in measure(str(folder), precision, *shapes, new, repeats, vllm, llama_server):
+        print(json.dumps(result), flush=True)
 
 
 @app.command()

@@ -73,14 +73,14 @@ class Asking:
         return [token for step in steps for token in step.tokens], [fact for step in steps for fact in step.told]
 
 
-def parity(owl, processor, count: int) -> None:
+def parity(owl, processor, count: int, room: Room = ROOM) -> None:
     """Prompts with 0 to 4 pictures, which share some, arriving one after another."""
     held = [png(seed) for seed in range(6)]
     jobs = [(asked(n, n % 5), [held[(n + k) % 6] for k in range(n % 5)], 4 + n % 9) for n in range(count)]
     wanted = [expected(owl, processor, *job) for job in jobs]
 
     async def run() -> None:
-        asking = Asking(owl, processor)
+        asking = Asking(owl, processor, room.model_copy(update={"queue": count}))
         try:
             made = await asyncio.gather(*(asking.ask(*job, delay=0.01 * n) for n, job in enumerate(jobs)))
         finally:
@@ -98,6 +98,11 @@ def test_tokens_equal_generate(pair):
 @pytest.mark.slow
 def test_two_hundred_prompts_equal_generate(pair):
     parity(*pair, count=200)
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_tokens(pair):
+    parity(*pair, count=40, room=ROOM.model_copy(update={"compile": True}))
 
 
 def test_an_answer_is_the_same_alone_and_in_a_batch(pair):

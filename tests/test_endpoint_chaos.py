@@ -141,5 +141,5 @@ def test_every_request_ends_while_replicas_die_and_are_replaced(cluster, model_f
     assert set(found) <= {"left by us", "read slowly", "replicas killed", "upgrades", *ENDS, *REFUSED}
 
 
-ENDS = ("answer", "error event", "hangs", "cut off")
+ENDS = ("answer", "error event", "hangs")
 REFUSED = ("refused 429", "refused 503")

@@ -122,48 +122,69 @@ def paged_attention(
     watch: Any = None,
     plan: Plan | None = None,
     held: Slots | None = None,
+    compiled: int | None = None,
     **kwargs,
 ):
-    """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged cache."""
+    """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged cache.
+    ``compiled`` is of a step that compiled.py computes."""
+    if compiled is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.owl.attend(query, key, value, module.layer_idx, scale, compiled), None
     if not isinstance(cache, PagedAttentionCache):
         if watch is not None:
             watch.see(query, key, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert plan is not None
     assert held is not None
-    allocator = cache.layer_to_allocator[module.layer_idx]
-    keys, values = allocator._kv_token_views[module.layer_idx]
-    write = kwargs["write_index"][allocator.index]
-    new_keys, new_values = (one[0].transpose(0, 1).to(keys.dtype) for one in (key, value))  # [Q, heads, d]
-    keys.index_copy_(0, write, new_keys)
-    values.index_copy_(0, write, new_values)
-    asked = query[0].transpose(0, 1).to(keys.dtype)  # [Q, heads, d]
-    options = {"scale": scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
-    out = torch.empty_like(asked)
-    if plan.alone:
-        read = kwargs["read_index"][allocator.index]
-        places = read if read.numel() else write  # a batch that has no past reads what it has just written
-        for piece in plan.alone:
-            near = [each[places[piece.low : piece.high]] for each in (keys, values)]
-            if piece.slot in held.filled:
-                keep(held, module.layer_idx, piece, near)
-            out[piece.first : piece.end] = by_itself(asked[piece.first : piece.end], near[0], near[1], options)
-    if plan.mask is not None:
-        slots, longest = plan.mask.shape[0], plan.mask.shape[3]
-        all_keys, all_values = held.layer(module.layer_idx, slots, longest, keys)
-        all_keys[plan.slots, plan.ends] = new_keys[plan.rows]
-        all_values[plan.slots, plan.ends] = new_values[plan.rows]
-        queries = asked.new_zeros(slots, *asked.shape[1:])
-        queries[plan.slots] = asked[plan.rows]
-        attended = scaled_dot_product_attention(
-            queries[:, :, None],
-            all_keys[:slots, :longest].transpose(1, 2),
-            all_values[:slots, :longest].transpose(1, 2),
-            attn_mask=plan.mask,
-            **options,
-        )
-        out[plan.rows] = attended[plan.slots, :, 0]
-    return out.unsqueeze(0).to(query.dtype), None
+    paged = Paged(cache, plan, held, kwargs["read_index"], kwargs["write_index"])
+    return paged.attend(query, key, value, module.layer_idx, scaling), None
+
+
+class Paged(NamedTuple):
+    """A step's attention, in any of its layers."""
+
+    cache: PagedAttentionCache
+    plan: Plan
+    held: Slots
+    read_index: list[torch.Tensor]
+    write_index: list[torch.Tensor]
+
+    def attend(self, query, key, value, layer: int, scaling: float | None) -> torch.Tensor:
+        """[1, heads, Q, d] → [1, Q, heads, d]"""
+        cache, plan, held = self.cache, self.plan, self.held
+        allocator = cache.layer_to_allocator[layer]
+        keys, values = allocator._kv_token_views[layer]
+        write = self.write_index[allocator.index]
+        new_keys, new_values = (one[0].transpose(0, 1).to(keys.dtype) for one in (key, value))  # [Q, heads, d]
+        keys.index_copy_(0, write, new_keys)
+        values.index_copy_(0, write, new_values)
+        asked = query[0].transpose(0, 1).to(keys.dtype)  # [Q, heads, d]
+        options = {"scale": scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
+        out = torch.empty_like(asked)
+        if plan.alone:
+            read = self.read_index[allocator.index]
+            places = read if read.numel() else write  # a batch that has no past reads what it has just written
+            for piece in plan.alone:
+                near = [each[places[piece.low : piece.high]] for each in (keys, values)]
+                if piece.slot in held.filled:
+                    keep(held, layer, piece, near)
+                out[piece.first : piece.end] = by_itself(asked[piece.first : piece.end], near[0], near[1], options)
+        if plan.mask is not None:
+            slots, longest = plan.mask.shape[0], plan.mask.shape[3]
+            all_keys, all_values = held.layer(layer, slots, longest, keys)
+            all_keys[plan.slots, plan.ends] = new_keys[plan.rows]
+            all_values[plan.slots, plan.ends] = new_values[plan.rows]
+            queries = asked.new_zeros(slots, *asked.shape[1:])
+            queries[plan.slots] = asked[plan.rows]
+            attended = scaled_dot_product_attention(
+                queries[:, :, None],
+                all_keys[:slots, :longest].transpose(1, 2),
+                all_values[:slots, :longest].transpose(1, 2),
+                attn_mask=plan.mask,
+                **options,
+            )
+            out[plan.rows] = attended[plan.slots, :, 0]
+        return out.unsqueeze(0).to(query.dtype)
 
 
 def keep(held: Slots, number: int, piece: Piece, near: list[torch.Tensor]) -> None:

@@ -24,7 +24,8 @@ from owl_model.adaptive import sort_rows
 from owl_model.looking import looked
 from pipelines.serving import attention
 from pipelines.serving.adapters import Adapters
-from pipelines.serving.attention import Slots
+from pipelines.serving.attention import Paged, Slots
+from pipelines.serving.compiled import NextTokens
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
 from pipelines.serving.options import Room, longest_of
 from pipelines.serving.sampling import Choice, grammar_of
@@ -49,6 +50,8 @@ class Decoder(PreTrainedModel, GenerationMixin):
         """The requests of the step that is being computed, in the order of its rows."""
         self.slots: Slots | None = None
         """For attention.py, where that is how it attends."""
+        self.compiled: NextTokens | None = None
+        """For steps in which every request is asked for its next token."""
         self.adapters: Adapters | None = None
         self.adapter_of: dict[str, str] = {}
         """Request → its adapter."""
@@ -61,15 +64,20 @@ class Decoder(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | int = 0, **kwargs) -> CausalLMOutput:
         """[1, L] → logits [1, L', V]"""
         requests = self.in_batch()
-        if self.slots is not None:
-            kwargs |= {"plan": self.slots.plan(requests), "held": self.slots}
+        plan = self.slots.plan(requests) if self.slots is not None else None
         ids = self.pictures.plain(input_ids)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if plan is not None and self.slots is not None:
+            if self.compiled is not None and not plan.alone and not self.adapter_of:
+                step = Paged(kwargs["cache"], plan, self.slots, kwargs["read_index"], kwargs["write_index"])
+                logits = self.compiled(self.pictures(ids), kwargs["position_ids"], step.attend)
+                return CausalLMOutput(logits=logits[:, keep])
+            kwargs |= {"plan": plan, "held": self.slots}
         if self.adaptive:
             kwargs["rows"] = sort_rows(ids >= self.pictures.first)
         adapters = self.adapters if self.adapter_of else None
         with adapters.used(self.rows(requests), kwargs.get("rows")) if adapters else nullcontext():
             hidden = self.model(inputs_embeds=self.pictures(ids), **kwargs).last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutput(logits=self.lm_head(hidden[:, keep]))
 
     def rows(self, requests: Sequence[FutureRequestState]) -> list[tuple[str, slice]]:
@@ -86,9 +94,15 @@ class Decoder(PreTrainedModel, GenerationMixin):
 Result = TypeVar("Result")
 
 
-async def apart(work: Callable[..., Result], *given: Any) -> Result:
+def aside(work: Callable[..., Result], *given: Any) -> Result:
     """In a thread that ends with it. A thread's OpenMP team lives as long as the thread, and a second team beside the
-    engine's takes a third of its speed: with more threads than cores they no longer wait for each other awake."""
+    engine's takes up to half its speed: with more threads than cores they no longer wait for each other awake."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work, *given).result()
+
+
+async def apart(work: Callable[..., Result], *given: Any) -> Result:
+    """Likewise, while the event loop goes on."""
     pool = ThreadPoolExecutor(1)
     try:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *given)
@@ -125,7 +139,7 @@ class Batching:
             raise OwlError(f"{text.model_type} brings its own attention, which cannot be batched continuously")
         self.owl, self.end, self.room, self.shared = owl.eval(), end, room, shared
         self.media = (owl.config.image_token_id, owl.config.video_token_id)
-        self.pictures = PictureIds(owl.get_input_embeddings(), owl.config.visual_tokens, room.pictures)
+        self.pictures = aside(PictureIds, owl.get_input_embeddings(), owl.config.visual_tokens, room.pictures)
         self.decoder = Decoder(owl, self.pictures).eval()
         self.decoder.in_batch = self.in_batch
         settings = ContinuousBatchingConfig(
@@ -143,6 +157,11 @@ class Batching:
         if self.decoder.device.type == "cpu":
             self.decoder.set_attn_implementation(attention.register())
             self.decoder.slots = attention.Slots(room.requests, room.tokens)
+        if room.compile:
+            if self.decoder.slots is None:
+                raise OwlError("room.compile is for CPUs")
+            self.decoder.compiled = NextTokens(self.decoder.model, self.decoder.lm_head)
+            aside(self.decoder.compiled.compile, text.hidden_size, owl.get_input_embeddings().weight.dtype)
         self.adapters = self.decoder.adapters = Adapters(owl)
         self.choice = Choice(list(self.media), end, grammars)
         steps = self.manager.logit_processor

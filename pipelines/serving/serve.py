@@ -14,7 +14,6 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -55,12 +54,11 @@ def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine
         from pipelines.serving.vllm.engine import Vllm
 
         return Vllm(model, OwlProcessor.from_pretrained(model).end_id, settings)
-    from pipelines.serving.batching import Batching, grammars_of
+    from pipelines.serving.batching import Batching, aside, grammars_of
 
-    with ThreadPoolExecutor(1) as apart:  # see batching.apart
-        owl, processor = apart.submit(load, model).result()
-        if settings.precision == "bf16":
-            apart.submit(owl.to, torch.bfloat16).result()
+    owl, processor = aside(load, model)
+    if settings.precision == "bf16":
+        aside(owl.to, torch.bfloat16)
     return Batching(owl, processor.end_id, settings.room, grammars_of(processor, owl), shared)
 
 
