@@ -223,6 +223,21 @@ def engines(
 
 
 @app.command()
+def gateway(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the model that is made.")],
+    turns: Annotated[int, typer.Option("--turns", help="Questions of each client.")] = 50,
+    pictures: Annotated[int, typer.Option("--pictures", help="Asked about twice each.")] = 9,
+) -> None:
+    """The gateway's own share of the time to the first token, alone and on Ray Serve; a picture asked about again."""
+    from jobs.bench_gateway import measure
+    from jobs.session import ray_session
+
+    with ray_session():
+        for result in measure(str(folder), turns, pictures):
+            print(json.dumps(result), flush=True)
+
+
+@app.command()
 def serving(
     url: Annotated[str, typer.Option("--url", help="An endpoint, such as http://127.0.0.1:8000.")],
     key: Annotated[str, typer.Option("--key", envvar="OWL_API_KEY", help="Its API key.")] = "none",

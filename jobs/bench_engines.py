@@ -88,7 +88,7 @@ class Server:
             stderr=subprocess.DEVNULL,
         )
 
-    def wait(self, seconds: float = 300) -> None:
+    def wait(self, seconds: float = 900) -> None:
         """Raises OwlError where it does not come up."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -153,7 +153,7 @@ def vllms_own(python: str, folder: str, precision: str, clients: int, tokens: in
 
 
 def llama(server: str, weights: str, clients: int, tokens: int) -> list[str]:
-    shape = ["-np", str(clients), "-c", str(tokens), "-t", "2", "--no-webui"]
+    shape = ["-np", str(clients), "-c", str(tokens), "-t", "2", "-kvu"]
     return [server, "-m", weights, "--host", "127.0.0.1", "--port", "PORT", *shape]
 
 
@@ -363,7 +363,7 @@ def measure(
     if not Path(folder, "config.json").exists():
         write_model(folder)
     most = max(clients)
-    tokens = 2 * most * (max(contexts) + new)
+    tokens = max(16_384, 2 * most * (max(contexts) + new))
     found = rivals(folder, precision, most, tokens, vllm, llama_server)
     try:
         for rival in found.values():

@@ -229,8 +229,10 @@ class GatewayReplica:
         return self.web
 
 
-def build(model: str, settings: Serving, made: Key | None = None) -> serve.Application:
-    """The Serve application. Raises OwlError where there is no model folder, or no key."""
+def build(
+    model: str, settings: Serving, made: Key | None = None, replica: serve.Deployment = EngineReplica
+) -> serve.Application:
+    """The Serve application; ``replica`` computes. Raises OwlError where there is no model folder, or no key."""
     refuse_no_model(model)
     keys_of(settings, made)
     given = settings.model_dump()
@@ -242,7 +244,7 @@ def build(model: str, settings: Serving, made: Key | None = None) -> serve.Appli
         name="Shared", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
     )
     shared = shared.bind(settings.media)
-    engine = EngineReplica.options(  # type: ignore[attr-defined]
+    engine = replica.options(
         name="Engine",
         max_ongoing_requests=ongoing,
         max_queued_requests=settings.room.queue or 1,
@@ -271,10 +273,12 @@ def build(model: str, settings: Serving, made: Key | None = None) -> serve.Appli
 
 
 @contextlib.contextmanager
-def running(model: str, settings: Serving, made: Key | None = None) -> Iterator[str]:
+def running(
+    model: str, settings: Serving, made: Key | None = None, replica: serve.Deployment = EngineReplica
+) -> Iterator[str]:
     """Deploys, yields the endpoint's address, and takes it down. Raises OwlError where the port is taken, or where this
     Ray serves already: its port would stay what it is."""
-    app = build(model, settings, made)
+    app = build(model, settings, made, replica)
     if any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise OwlError("Ray Serve runs on this cluster already; end it with `serve shutdown`, or use another cluster")
     port = free_port(settings.host, settings.port)
