@@ -24,7 +24,6 @@ from jobs.bench_serving import Load, ask, body_of
 from pipelines.serving.engine import Ask, Step
 from pipelines.serving.options import Serving
 
-
 WORD = 10
 
 
