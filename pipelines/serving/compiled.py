@@ -28,7 +28,8 @@ class NextTokens:
         self.rows = 0
         self.number = next(NUMBERS)
         COMPILED[self.number] = self
-        options = {"freezing": True, "cpp_wrapper": True}  # packs the weights once; no Python between kernels
+        # Weights are packed once, no Python runs between kernels, and small ones do not wake another OpenMP team.
+        options = {"freezing": True, "cpp_wrapper": True, "cpp.threads": 1}
         self.graph = torch.compile(self.forward, fullgraph=True, dynamic=True, options=options)
 
     def forward(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
