@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow rivals s3-server browser clients vllm check-vllm clean
+.PHONY: setup demo test check check-slow rivals s3-server browser clients vllm check-vllm check-oldest clean
 
 setup: $(VENV)/ready
 
@@ -80,5 +80,16 @@ vllm: setup .vllm/ready
 check-vllm: vllm
 	@$(BIN)/pytest -q -m slow tests/test_vllm.py
 
+# The model package with the oldest transformers that it is kept working on, over what .venv has otherwise.
+check-oldest: setup .oldest/ready
+	@.oldest/bin/python -m pytest -q tests/test_modeling.py tests/test_conversion.py tests/test_batches.py tests/test_parts.py \
+	  tests/test_chat.py tests/test_ecosystem.py tests/test_looking.py tests/test_batching.py
+
+.oldest/ready: pyproject.toml
+	@$(PYTHON) -m venv .oldest
+	@echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" > $$(.oldest/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/over.pth
+	@.oldest/bin/pip --disable-pip-version-check --quiet install 'transformers==5.16.0' httpx 2>&1 | grep -v '^WARNING: Location' || true
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .rivals .s3 .clients .vllm owl-demo *.egg-info
+	rm -rf $(VENV) .rivals .s3 .clients .vllm .oldest owl-demo *.egg-info

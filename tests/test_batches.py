@@ -6,10 +6,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 from conversations import CONVERSATIONS, ask, picture, shown
+from packaging.version import Version
 from transformers import GenerationConfig
 
 from owl_model.answering import answer, generation_config, prompt_inputs
+from pipelines.training.stages import checkpoint_activations
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -139,11 +142,17 @@ def test_visual_tokens_are_computed_once_for_each_picture(pair):
     assert len(calls) == 1
 
 
+BEYOND_THE_VOCABULARY = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"),
+    reason="transformers' repetition penalty looked placeholders up among the words before 5.19",
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"num_beams": 3, "no_repeat_ngram_size": 2},
-        {"repetition_penalty": 1.3},
+        pytest.param({"repetition_penalty": 1.3}, marks=BEYOND_THE_VOCABULARY),
         {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.7},
     ],
 )
@@ -206,7 +215,7 @@ def test_gradient_checkpointing_of_any_part_changes_nothing(pair, part):
 
     plain = gradients()
     module = owl.get_submodule(part) if part else owl
-    module.activation_checkpointing_enable()
+    checkpoint_activations(module)
     calls = []
     probe = owl.get_submodule(f"{part or 'model.abstractor'}.{PROBES[part or 'model.abstractor']}")
     probe.register_forward_pre_hook(lambda module, given: calls.append(1))

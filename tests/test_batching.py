@@ -12,6 +12,7 @@ import pytest
 import torch
 from endpoint import ANIMALS, assert_animals, lettered, png
 from peft import LoraConfig, get_peft_model
+from transformers import ContinuousBatchingConfig
 
 from owl_model.answering import generation_config, load, prompt_inputs
 from owl_model.looking import looked
@@ -23,6 +24,10 @@ from pipelines.serving.options import Room
 from pipelines.serving.sampling import grammar_of, gumbel, keep_likeliest
 from pipelines.serving.virtual import PictureIds
 
+pytestmark = pytest.mark.skipif(
+    "page_size" not in ContinuousBatchingConfig.__dataclass_fields__,
+    reason="the built-in engine needs transformers 5.19 or newer",
+)
 GREEDY = Sampling()
 ROOM = Room(tokens=4096, page=16, batch_tokens=128, requests=8, pictures=16)
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.modeling_outputs import CausalLMOutput
@@ -137,6 +138,8 @@ class Batching:
         text = owl.config.text_config
         if not getattr(owl.model.language_model, "_supports_attention_backend", False):
             raise OwlError(f"{text.model_type} brings its own attention, which cannot be batched continuously")
+        if "page_size" not in ContinuousBatchingConfig.__dataclass_fields__:
+            raise OwlError(f"the built-in engine needs transformers 5.19 or newer; this is {transformers.__version__}")
         self.owl, self.end, self.room, self.shared = owl.eval(), end, room, shared
         self.media = (owl.config.image_token_id, owl.config.video_token_id)
         self.pictures = aside(PictureIds, owl.get_input_embeddings(), owl.config.visual_tokens, room.pictures)

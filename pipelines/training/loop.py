@@ -46,7 +46,7 @@ def work(config: dict[str, Any]) -> None:
     stages.freeze_in(owl, precision)
     counts, patches = stages.count_parameters(owl), patches_of(owl)
     if settings.checkpoint_activations:
-        owl.activation_checkpointing_enable()
+        stages.checkpoint_activations(owl)
     device = ray.train.torch.get_device()
     adapted.to(device)
     if settings.compile_layers:

@@ -21,6 +21,7 @@ from pipelines.settings import OwlError, Settings
 if TYPE_CHECKING:  # settings need not wait for torch
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from owl_model import OwlForConditionalGeneration
 
@@ -239,6 +240,11 @@ def prepare(owl: OwlForConditionalGeneration, trains: Trains, lora: Lora) -> nn.
         for parameter in visual:
             parameter.requires_grad_(True)
     return model
+
+
+def checkpoint_activations(module: PreTrainedModel) -> None:
+    """transformers 5.23 gave it another name."""
+    getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)()
 
 
 def train_mode(owl: OwlForConditionalGeneration, trains: Trains) -> None:
