@@ -39,7 +39,10 @@ class Told(NamedTuple):
 
 
 def write_model(folder: str) -> None:
-    """Random weights: a decoder of 12 × 512 and 64 visual tokens a picture, with a word for every id."""
+    """Random weights: a decoder of 12 × 512 and 64 visual tokens a picture, with a word for every id; unless it is
+    there."""
+    if Path(folder, "config.json").exists():
+        return
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -360,8 +363,7 @@ def measure(
     llama_server: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Tokens a second of each, over prompts and answers together, in the median over turns."""
-    if not Path(folder, "config.json").exists():
-        write_model(folder)
+    write_model(folder)
     most = max(clients)
     tokens = max(16_384, 2 * most * (max(contexts) + new))
     found = rivals(folder, precision, most, tokens, vllm, llama_server)

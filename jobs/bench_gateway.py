@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import statistics
-import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -86,9 +84,9 @@ async def again(load: Load, pictures: int) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def bare(folder: str) -> Iterator[str]:
-    """This module under uvicorn, in a process of its own."""
-    server = Server("the gateway", [sys.executable, "-m", "jobs.bench_gateway", folder, "PORT"])
+def answering(name: str, command: list[str]) -> Iterator[str]:
+    """A server's address, in a process of its own."""
+    server = Server(name, command)
     try:
         server.wait()
         yield server.url
@@ -100,24 +98,19 @@ def measure(folder: str, turns: int, pictures: int) -> Iterator[dict[str, Any]]:
     """Milliseconds to the first token."""
     from pipelines.serving.serve import running
 
-    if not Path(folder, "config.json").exists():
-        write_model(folder)
+    write_model(folder)
     settings = Serving(no_keys=True, port=0)
-    for way, opened in (("one process", bare(folder)), ("Ray Serve", running(folder, settings, None, EchoReplica))):
+    bare = answering("the gateway", [sys.executable, "-m", "jobs.bench_gateway", folder, "PORT"])
+    for way, opened in (("one process", bare), ("Ray Serve", running(folder, settings, None, EchoReplica))):
         with opened as url:
             for clients in (1, 16):
                 load = Load(url, "none", "owl", rate=0, requests=0, pictures=0, words=20, tokens=8)
                 found = asyncio.run(firsts(load, clients, turns))
                 yield {"gateway": way, "clients": clients, "TTFT ms": spread(found)}
-    server = Server("owl", owl(sys.executable, folder, "fp32", 4, 8192))
-    try:
-        server.wait()
-        load = Load(server.url, "none", "owl", rate=0, requests=0, pictures=1, side=448, words=120, tokens=2)
+    with answering("owl", owl(sys.executable, folder, "fp32", 4, 8192)) as url:
+        load = Load(url, "none", "owl", rate=0, requests=0, pictures=1, side=448, words=120, tokens=2)
         new, known = asyncio.run(again(load, pictures))
         yield {"TTFT ms of a new picture": round(1000 * new, 1), "asked about again": round(1000 * known, 1)}
-    finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.end()
 
 
 def serve_echo(folder: str, port: int) -> None:

@@ -19,6 +19,7 @@ import uvicorn
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig
 
+from jobs.bench_gateway import Echo
 from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlProcessor, OwlVisionConfig
 from owl_model.processing import OwlImageProcessor
 from pipelines.serving import serve
@@ -69,7 +70,7 @@ def alone(
         thread.join(60)
 
 
-class Slow:
+class Slow(Echo):
     """An engine that writes the same token again and again, one each ``seconds``, and goes away where it is told to:
     ``deaths`` are numbers of tokens after which one answer after another ends."""
 
@@ -88,16 +89,6 @@ class Slow:
                 yield Step([self.token], [], "length" if number == ask.longest - 1 else None)
         finally:
             self.asked -= 1
-
-    async def looked(self, ask: Ask, answer: list[int]) -> list[np.ndarray]:
-        return []
-
-    async def stats(self) -> dict[str, float]:
-        return {}
-
-    async def check(self) -> None: ...
-    async def drain(self) -> None: ...
-    def stop(self) -> None: ...
 
 
 def png(seed: int, side: int = 40) -> bytes:

@@ -380,6 +380,19 @@ def test_keys_are_kept_as_hashes(tmp_path):
         read_keys(f"{path}.not")
 
 
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ({"engine": "vllm", "room": {"compile": True}}, "room.compile"),
+        ({"keys": "k", "no_keys": True}, "exclude"),
+        ({"min_replicas": 2}, "min_replicas"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(more, names):
+    with pytest.raises(ValueError, match=names):
+        Serving(**more)
+
+
 def test_a_taken_port_is_refused_by_its_number():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

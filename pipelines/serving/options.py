@@ -119,6 +119,8 @@ class Serving(Settings):
     def settings_go_together(self) -> Serving:
         if self.keys and self.no_keys:
             raise ValueError("keys and no_keys exclude each other")
+        if self.engine == "vllm" and self.room.compile:
+            raise ValueError("room.compile is of the built-in engine; vLLM compiles by itself")
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
         return self

@@ -45,12 +45,12 @@ def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine
     """The engine, with a model folder in it. Raises OwlError where vLLM is asked for and not there."""
     import torch
 
-    from owl_model import OwlProcessor
     from owl_model.answering import load
 
     if settings.engine == "vllm":
         if importlib.util.find_spec("vllm") is None:
             raise OwlError("there is no vLLM in this environment; docs/serving.md says how it is installed")
+        from owl_model import OwlProcessor
         from pipelines.serving.vllm.engine import Vllm
 
         return Vllm(model, OwlProcessor.from_pretrained(model).end_id, settings)
@@ -93,6 +93,8 @@ def keys_of(settings: Serving, made: Key | None) -> dict[str, Key] | None:
 async def alone(model: str, settings: Serving, made: Key | None, started: Callable[[str], None]) -> None:
     """Gateway and engine in this process, until it is told to stop; ``started`` is told the address."""
     refuse_no_model(model)
+    if settings.engine_python:
+        raise OwlError("engine_python is for replicas on Ray Serve; alone, start owl with that Python")
     keys = keys_of(settings, made)
     shared = Shared(settings.media)
     engine = open_engine(model, settings, shared)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import mm_input, tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import (
@@ -104,10 +105,11 @@ class Vllm:
         prompt, chosen = self.prompt(ask), self.sampling(ask)
         if self.asked >= self.room.requests + self.room.queue:
             raise Busy(f"{self.asked} requests are being answered or wait; no more are taken")
-        adapter = await asyncio.to_thread(self.adapter, ask.adapter) if ask.adapter else None
         self.asked += 1
-        outputs = self.llm.generate(prompt, chosen, ask.name, lora_request=adapter)
+        outputs: AsyncGenerator[Any, None] | None = None
         try:
+            adapter = await asyncio.to_thread(self.adapter, ask.adapter) if ask.adapter else None
+            outputs = self.llm.generate(prompt, chosen, ask.name, lora_request=adapter)
             first = True
             async for output in outputs:
                 made = output.outputs[0]
@@ -123,8 +125,11 @@ class Vllm:
                     first = False
         except (EngineDeadError, EngineGenerateError) as problem:
             raise Died(type(problem).__name__) from None
+        except VLLMClientError as problem:
+            raise Unfit(str(problem)) from None
         finally:
-            await outputs.aclose()
+            if outputs is not None:
+                await outputs.aclose()
             self.asked -= 1
 
     def prompt(self, ask: Ask) -> Any:
