@@ -10,6 +10,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -117,14 +118,51 @@ def read_json(path: str) -> Any:
         return json.load(file)
 
 
-def write_json(path: str, value: Any) -> None:
+def write_bytes(path: str, data: bytes) -> None:
     with open_write(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+        file.write(data)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
 
 def write_text(path: str, text: str) -> None:
-    with open_write(path) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode())
+
+
+THROUGH = 1.0
+"""Seconds in which small puts that began together have ended."""
+
+
+def create(path: str, data: bytes) -> bool:
+    """A small file that nobody wrote before, of content that nobody else would write; False where it is there. Of
+    several at once, one succeeds: by a link on a local disk; by a conditional put (If-None-Match) on S3, and since not
+    every server's is atomic (Swift's is not), by what is there when all who began together are through."""
+    fs, plain = filesystem(path)
+    if not isinstance(fs, LocalFileSystem):
+        try:
+            fs.pipe_file(plain, data, mode="create")
+        except OSError:  # stores call it by many names
+            if not fs.exists(plain):
+                raise
+            return False
+        time.sleep(THROUGH)
+        return read_bytes(path) == data
+    folder, name = posixpath.split(plain)
+    os.makedirs(folder, exist_ok=True)
+    partial = posixpath.join(folder, f".{name}.{os.getpid()}.partial")
+    while True:
+        try:
+            Path(partial).write_bytes(data)
+            os.link(partial, plain)
+            return True
+        except FileExistsError:
+            return False
+        except FileNotFoundError:  # swept away by whoever is through with this folder
+            continue
+        finally:
+            Path(partial).unlink(missing_ok=True)
 
 
 BATCH_ROWS = 256

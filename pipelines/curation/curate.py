@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
+from operator import itemgetter
 
 import pyarrow as pa
 import ray
@@ -27,6 +28,7 @@ from pipelines.curation.report import write_report
 from pipelines.curation.scoring import Scoring, refuse_missing, score
 from pipelines.curation.sources import UnreadableShard, find_shards, read_shard
 from pipelines.curation.verdicts import settle
+from pipelines.curation.versions import Lock, current, publish, writing
 from pipelines.progress import progress
 from pipelines.settings import OwlError, Settings, refuse_other_settings
 
@@ -71,39 +73,47 @@ class Curation(Settings):
 def curate(raw: list[str], output: str, settings: Curation) -> dict:
     """Curates the raw shards that ``raw`` names into the folder ``output``; returns the manifest.
 
-    Shards finished by an earlier run are not touched again. Raises OwlError where the folder was made with other
-    settings, where more shards than allowed cannot be used (after finishing all others), or where too much of the
-    input is damaged.
-    """
-    began = time.monotonic()
+    What the last version holds stays as it is, and so do raw shards that were withdrawn from it; where there is
+    anything new, it is compared with all of it, and makes the next version. Shards finished by a run that was
+    interrupted are not touched again. Raises OwlError where the folder was made with other settings, where another run
+    is writing it, where more shards than allowed cannot be used (after finishing all others), or where too much of the
+    input is damaged."""
     refuse_missing(settings.scoring)
     shards = {ledger.shard_id(path): path for path in find_shards(raw)}
-    refuse_other_settings(output, settings)
+    with writing(output) as lock:
+        refuse_other_settings(output, settings)
+        return take_in(shards, output, settings, lock)
+
+
+def take_in(shards: dict[str, str], output: str, settings: Curation, lock: Lock) -> dict:
+    began = time.monotonic()
+    last = current(output) or {"shards": [], "withdrawn": []}
+    settled = {entry["shard"]: entry["kept"] for entry in last["shards"]}
+    new = {shard: shards[shard] for shard in sorted(shards.keys() - {*settled, *last["withdrawn"]})}
+    if not new and settled:
+        return last
     done = ledger.finished(output)
-    todo = {shard: path for shard, path in shards.items() if shard not in done}
-    manifest_path = f"{output}/manifest.json"
-    if not todo and storage.exists(manifest_path):
-        manifest = storage.read_json(manifest_path)
-        if [entry["shard"] for entry in manifest["shards"]] == sorted(shards):
-            return manifest
-    aside = judge_and_write(todo, len(shards), output, settings) if todo else {}
+    todo = {shard: path for shard, path in new.items() if shard not in done}
+    aside = judge_and_write(todo, len(new), output, settings) if todo else {}
     if len(aside) > settings.max_set_aside:
-        raise OwlError(f"{len(aside)} of {len(shards)} raw shards could not be used: {next(iter(aside.values()))}")
-    good = sorted(shards.keys() - aside.keys())
+        raise OwlError(f"{len(aside)} of {len(new)} raw shards could not be used: {next(iter(aside.values()))}")
+    good = sorted(new.keys() - aside.keys())
     if settings.scoring.wanted:
         score(output, good, settings.scoring)
-    entries = settle(output, good, settings)
+    entries = settle(output, good, settings, settled)
     run = {
         "seconds": round(time.monotonic() - began, 1),
         "samples": sum(entry["in"] for entry in entries if entry["shard"] in todo),
         "cpus": ray.cluster_resources().get("CPU", 0),
     }
-    return write_manifest(output, settings, entries, {"run": run, "set_aside": aside})
+    facts = {"run": run, "set_aside": aside, "withdrawn": last["withdrawn"]}
+    entries = sorted([*last["shards"], *entries], key=itemgetter("shard"))
+    return write_manifest(output, settings, entries, facts, "curate", lock)
 
 
-def write_manifest(output: str, settings: Curation, entries: list[dict], facts: dict) -> dict:
-    """Checks the books and closes them: report, then manifest, which also holds ``facts``. Raises OwlError where too
-    much of the input is damaged."""
+def write_manifest(output: str, settings: Curation, entries: list[dict], facts: dict, by: str, lock: Lock) -> dict:
+    """Checks the books and closes them: report, then the version's manifest, which also holds ``facts`` and the verb
+    that it is ``by``. Raises OwlError where too much of the input is damaged."""
     ledger.check_books(entries)
     counted = ledger.total(entries)
     refuse_damage(counted, settings.max_error_rate)
@@ -116,8 +126,7 @@ def write_manifest(output: str, settings: Curation, entries: list[dict], facts: 
     }
     storage.sweep(output)
     write_report(f"{output}/report.html", output, manifest)
-    storage.write_json(f"{output}/manifest.json", manifest)
-    return manifest
+    return publish(output, manifest, by, lock)
 
 
 def judge_and_write(todo: dict[str, str], total: int, output: str, settings: Curation) -> dict[str, str]:

@@ -15,7 +15,7 @@ that it takes to compute them again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -57,13 +57,17 @@ class Book(NamedTuple):
     shard: str
 
 
-def remove_duplicates(output: str, shards: list[str], kept: int, settings: Deduplication) -> list[dict]:
-    """Enters which of the ``kept`` rows of ``output`` are duplicates; returns each shard's entry of the books."""
+def remove_duplicates(
+    output: str, shards: list[str], kept: int, settings: Deduplication, settled: Mapping[str, int] | None = None
+) -> list[dict]:
+    """Enters which of the ``kept`` rows of some ``shards`` of ``output`` are duplicates; returns each one's entry of
+    the books. The samples that its ``settled`` shards keep, so many each, stay, as those of earlier datasets do."""
     others = [
-        (Book(folder, entry["shard"]), entry["kept"])
+        (Book(ledger.folder_and_version(folder)[0], entry["shard"]), entry["kept"])
         for folder in [*settings.apart_from, *settings.earlier]
         for entry in ledger.manifest_of(folder)["shards"]
     ]
+    others += [(Book(output, shard), rows) for shard, rows in (settled or {}).items()]
     plan = Plan(
         [book for book, _ in others] + [Book(output, shard) for shard in shards],
         parts=min(PARTS, -(-(kept + sum(rows for _, rows in others)) // ROWS_A_PART) or 1),
@@ -332,7 +336,7 @@ def enter(plan: Plan, group: int, *parts: Shown) -> list[dict]:
     decided: dict[int, list[dict]] = defaultdict(list)
     for order, (kind, _, better, key) in best.items():
         rank = better >> PLACE_BITS
-        where = f" in {plan.books[rank].folder}" if rank < plan.own else ""
+        where = f" in {plan.books[rank].folder}" if plan.books[rank].folder != plan.books[plan.own].folder else ""
         reason = "contaminated" if rank < plan.apart else REASONS[kind]
         item = {"place": order & PLACE, "reason": reason, "detail": f"kept instead: {key}{where}"}
         decided[order >> PLACE_BITS].append(item)

@@ -27,12 +27,13 @@ Piece = tuple[str, int, int]
 """(shard, first record batch, one past the last)."""
 
 
-def export(output: str, target: str, form: str, megabytes: int) -> dict[str, Any]:
-    """Writes the dataset ``output`` into the folder ``target`` as ``form`` (a name of FORMS), in files of about
+def export(dataset: str, target: str, form: str, megabytes: int) -> dict[str, Any]:
+    """Writes a dataset, or a version of it, into the folder ``target`` as ``form`` (a name of FORMS), in files of about
     ``megabytes``. Returns {"files", "rows"}. Raises OwlError for an unknown form or an unfinished dataset."""
     if form not in FORMS:
         raise OwlError(f"unknown format {form!r}; known: {', '.join(FORMS)}")
-    shards = [entry["shard"] for entry in ledger.manifest_of(output)["shards"]]
+    output, _ = ledger.folder_and_version(dataset)
+    shards = [entry["shard"] for entry in ledger.manifest_of(dataset)["shards"]]
     parts = list(plan(output, shards, megabytes << 20))
     ending = {"webdataset": "tar", "parquet": "parquet", "arrow": "arrow"}[form]
     names = [f"{target}/part-{number:05d}.{ending}" for number in range(len(parts))]

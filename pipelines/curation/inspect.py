@@ -41,17 +41,18 @@ def judged_first(path: str, settings: Curation, count: int) -> Iterator[dict]:
 # --- explain ---------------------------------------------------------------------------------------------------------
 
 
-def explain(output: str, key: str) -> list[dict[str, Any]]:
+def explain(dataset: str, key: str) -> list[dict[str, Any]]:
     """Every ledger row of that key, with its raw shard and the place of its curated row. Raises OwlError if there is
     none."""
     found = []
-    for entry in manifest_of(output)["shards"]:
+    output, _ = ledger.folder_and_version(dataset)
+    for entry in manifest_of(dataset)["shards"]:
         table = ledger.read_ledger(output, entry["shard"])
         for row in table.filter(pc.equal(table["key"], key)).to_pylist():
             place = None if row["row"] is None else f"{output}/shards/{entry['shard']}.arrow row {row['row']}"
             found.append({**row, "raw": entry["raw"], "curated": place})
     if not found:
-        raise OwlError(f"no sample {key!r} ever came into {output}")
+        raise OwlError(f"no sample {key!r} ever came into {dataset}")
     return found
 
 
@@ -59,8 +60,9 @@ def explain(output: str, key: str) -> list[dict[str, Any]]:
 
 
 def diff(before: str, after: str) -> dict[str, Any]:
-    """What became of the same raw samples in two datasets: {"same", "moved": {"kept → caption_short": n},
-    "only_before", "only_after"}. One pair of ledgers is in memory at a time; raw paths tell shards apart."""
+    """What became of the same raw samples in two datasets, or versions of them: {"same", "moved": {"kept →
+    caption_short": n}, "only_before", "only_after"}. One pair of ledgers is in memory at a time; raw paths tell shards
+    apart."""
     first, second = ({entry["raw"]: entry["shard"] for entry in manifest_of(o)["shards"]} for o in (before, after))
     moved: Counter = Counter()
     same = 0
@@ -80,7 +82,7 @@ def diff(before: str, after: str) -> dict[str, Any]:
     }
 
 
-def verdicts(output: str, shard: str) -> dict[str, str]:
+def verdicts(dataset: str, shard: str) -> dict[str, str]:
     """Source → "kept", or the reason why not."""
-    table = ledger.read_ledger(output, shard, ["source", "reason"])
+    table = ledger.read_ledger(ledger.folder_and_version(dataset)[0], shard, ["source", "reason"])
     return {s: r or "kept" for s, r in zip(table["source"].to_pylist(), table["reason"].to_pylist(), strict=True)}

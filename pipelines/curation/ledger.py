@@ -1,12 +1,14 @@
 """The books of a curated dataset: one ledger row for every raw sample, one marker for every finished raw shard.
 
 shards/ID.arrow  thumbnails/ID.arrow  ledger/ID.parquet  selection/ID.parquet  markers/ID.json      ID: the raw shard
+versions/0001.json: which shards a version holds, with their entries of the books (versions.py)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -94,11 +96,25 @@ def counts(reasons: list[str | None]) -> dict[str, Any]:
     return {"kept": len(reasons) - sum(dropped.values()), "dropped": dict(sorted(dropped.items()))}
 
 
-def manifest_of(output: str) -> dict[str, Any]:
-    """Raises OwlError where there is no finished curated dataset."""
-    if not storage.exists(f"{output}/manifest.json"):
-        raise OwlError(f"no curated dataset at {output!r}: it has no manifest.json")
-    return storage.read_json(f"{output}/manifest.json")
+def manifest_of(dataset: str) -> dict[str, Any]:
+    """Of a folder, or of one of its versions, FOLDER@3. Raises OwlError where there is no finished curated dataset."""
+    output, version = folder_and_version(dataset)
+    path = version_path(output, version) if version else f"{output}/manifest.json"
+    if storage.exists(path):
+        return storage.read_json(path)
+    if version and storage.exists(f"{output}/manifest.json"):
+        raise OwlError(f"{output} has no version {version}; `owl curate versions {output}` lists them")
+    raise OwlError(f"no curated dataset at {output}: it has no manifest.json; run owl curate first")
+
+
+def folder_and_version(dataset: str) -> tuple[str, int | None]:
+    """ "s3://data/pairs@3" → ("s3://data/pairs", 3); without a version, None for it."""
+    found = re.fullmatch(r"(.+)@(\d+)", dataset)
+    return (found[1], int(found[2])) if found else (dataset, None)
+
+
+def version_path(output: str, version: int) -> str:
+    return f"{output}/versions/{version:04d}.json"
 
 
 def read_ledger(output: str, shard: str, columns: list[str] | None = None) -> pa.Table:

@@ -22,6 +22,7 @@ from pipelines.curation.filters import REASONS, Limits
 from pipelines.curation.scoring import score
 from pipelines.curation.sources import read_sample
 from pipelines.curation.verdicts import parts_of, reason_now, settle
+from pipelines.curation.versions import Lock, writing
 from pipelines.records import LEDGER
 from pipelines.settings import OwlError
 
@@ -35,6 +36,11 @@ def rethreshold(output: str, limits: Limits) -> dict[str, Any]:
     """Holds a dataset to other limits; returns the new manifest, where "read_again" counts the raw samples that were
     opened. Raises OwlError where captions would have to be masked, or unmasked, in shards that are written. Of a row
     with several captions, those that were dropped alone stay dropped."""
+    with writing(output) as lock:
+        return hold_to(output, limits, lock)
+
+
+def hold_to(output: str, limits: Limits, lock: Lock) -> dict[str, Any]:
     manifest = ledger.manifest_of(output)
     before = Curation.model_validate(manifest["settings"])
     if (before.limits.contacts == "mask") != (limits.contacts == "mask"):
@@ -50,8 +56,8 @@ def rethreshold(output: str, limits: Limits) -> dict[str, Any]:
         score(output, list(raws), settings.scoring)
     entries = settle(output, list(raws), settings, moved=True)
     storage.write_json(f"{output}/settings.json", settings.model_dump())
-    facts = {name: manifest[name] for name in ("run", "set_aside", "decontaminated") if name in manifest}
-    return write_manifest(output, settings, entries, {**facts, "read_again": read_again})
+    facts = {name: manifest[name] for name in ("run", "set_aside", "withdrawn", "decontaminated") if name in manifest}
+    return write_manifest(output, settings, entries, {**facts, "read_again": read_again}, "rethreshold", lock)
 
 
 @ray.remote(num_cpus=1, max_retries=-1)

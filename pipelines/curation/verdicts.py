@@ -6,7 +6,7 @@ back: its row is still in the shard.
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -36,16 +36,20 @@ SCORE_NAMES = [name for name in SCORES.names if name in LEDGER.names and name !=
 SHARDS_A_TASK = 256
 
 
-def settle(output: str, shards: list[str], settings: Curation, moved: bool = False) -> list[dict]:
-    """Enters all later verdicts; returns each shard's entry of the books. ``moved`` says that thresholds are others
-    than the shards were judged by."""
+def settle(
+    output: str, shards: list[str], settings: Curation, settled: Mapping[str, int] | None = None, moved: bool = False
+) -> list[dict]:
+    """Enters all later verdicts on ``shards``; returns each one's entry of the books. ``settled`` are shards whose
+    verdicts stand, with the samples that they keep; ``moved`` says that thresholds are others than the shards were
+    judged by."""
     again = moved or settings.scoring.wanted
     given = ray.put((output, shards, settings.limits))
     task = judge_again if again else read_entries
     entries = [entry for part in ray.get([task.remote(given, part) for part in parts_of(shards)]) for entry in part]
     if settings.deduplication is None:
         return entries
-    return remove_duplicates(output, shards, sum(entry["kept"] for entry in entries), settings.deduplication)
+    kept = sum(entry["kept"] for entry in entries)
+    return remove_duplicates(output, shards, kept, settings.deduplication, settled)
 
 
 def parts_of(shards: Sized) -> list[tuple[int, int]]:

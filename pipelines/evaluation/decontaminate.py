@@ -22,6 +22,7 @@ from pipelines.curation.curate import Curation, write_manifest
 from pipelines.curation.decode import fingerprints
 from pipelines.curation.likeness import REACH, Deduplication, alike_pictures, hex_numbers, plain
 from pipelines.curation.verdicts import parts_of
+from pipelines.curation.versions import Lock, writing
 from pipelines.evaluation.benchmarks import named
 from pipelines.evaluation.benchmarks.base import Question
 from pipelines.evaluation.evaluate import read_questions
@@ -58,6 +59,11 @@ def decontaminate(dataset: str, benchmark: str, data: str) -> dict[str, Any]:
 
     Raises OwlError for a dataset that is not finished, or a benchmark's missing file.
     """
+    with writing(dataset) as lock:
+        return leave_out(dataset, benchmark, data, lock)
+
+
+def leave_out(dataset: str, benchmark: str, data: str, lock: Lock) -> dict[str, Any]:
     manifest = ledger.manifest_of(dataset)
     questions = read_questions(named(benchmark), data)
     known = known_of(benchmark, questions)
@@ -67,10 +73,10 @@ def decontaminate(dataset: str, benchmark: str, data: str) -> dict[str, Any]:
         parts = ray.get([look_through.remote(given, part, counter) for part in parts_of(shards)])
     entries = [entry for some, _ in parts for entry in some]
     found = {kind: sum(counts[kind] for _, counts in parts) for kind in ("picture", "question", "samples")}
-    kept = {name: manifest[name] for name in ("run", "set_aside") if name in manifest}
+    kept = {name: manifest[name] for name in ("run", "set_aside", "withdrawn") if name in manifest}
     done = {**manifest.get("decontaminated", {}), named(benchmark).version.split("/")[0]: found}
     settings = Curation.model_validate(manifest["settings"])
-    now = write_manifest(dataset, settings, entries, {**kept, "decontaminated": done})
+    now = write_manifest(dataset, settings, entries, {**kept, "decontaminated": done}, "decontaminate", lock)
     return {**{name: now[name] for name in ("in", "kept", "dropped")}, "found": found}
 
 

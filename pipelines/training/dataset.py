@@ -18,18 +18,17 @@ from pipelines.training.order import Mixture, Order, Ordered, shares_of
 
 
 class Dataset:
-    """The selected rows of curated datasets. Opening reads their manifests alone; files are memory-mapped, and
-    selections read, when a shard is first needed."""
+    """The selected rows of curated datasets, or of some of their versions (FOLDER@3). Opening reads their manifests
+    alone; files are memory-mapped, and selections read, when a shard is first needed."""
 
     def __init__(self, folders: list[str], cache: Cache | None = None):
         self.cache = cache or Cache(CACHE_BYTES)
         self.shards: list[Shard] = []
         for number, folder in enumerate(folders):
-            if not storage.exists(f"{folder}/manifest.json"):
-                raise OwlError(f"no curated dataset at {folder}: it has no manifest.json; run owl curate first")
-            for entry in storage.read_json(f"{folder}/manifest.json")["shards"]:
+            plain, _ = ledger.folder_and_version(folder)
+            for entry in ledger.manifest_of(folder)["shards"]:
                 if entry["kept"]:
-                    self.shards.append(Shard(number, folder, entry["shard"], entry["kept"], entry.get("sha256")))
+                    self.shards.append(Shard(number, plain, entry["shard"], entry["kept"], entry.get("sha256")))
         empty = [folder for number, folder in enumerate(folders) if not self.rows_of(number)]
         if empty or not folders:
             raise OwlError(f"nothing to train on: {', '.join(empty) or 'no dataset'} kept no sample")
@@ -58,7 +57,7 @@ class Dataset:
         """How many samples of each folder the first ``positions`` hold."""
         used = dict.fromkeys(self.folders, 0)
         for shard, number in zip(self.shards, order.seen(positions), strict=True):
-            used[shard.folder] += int(number)
+            used[self.folders[shard.folder_number]] += int(number)
         return used
 
     def read(self, shard: int, row: int, columns: Sequence[str] = CURATED.names) -> dict:

@@ -23,6 +23,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from pipelines import storage
+from pipelines.curation import ledger
 from pipelines.progress import progress
 from pipelines.settings import OwlError, differences, flat
 from pipelines.training.dataset import Dataset
@@ -38,10 +39,11 @@ def train(stage: str, settings: Stage, run: str) -> dict:
     """Trains ``stage`` in the folder ``run``, local or remote; returns what was logged: parameters by module, the
     losses, and how many samples of each dataset were used.
 
-    The model is written to ``run``/model. Raises OwlError where the run's folder belongs to other settings, or where
-    data or starting model are missing.
-    """
+    A dataset is read in the version that it has when the run begins, also when the run goes on later. The model is
+    written to ``run``/model. Raises OwlError where the run's folder belongs to other settings, or where data or
+    starting model are missing."""
     run = run if "://" in run else os.path.abspath(run)
+    settings = pinned(settings, run)
     refuse_other_settings(run, stage, settings)
     if storage.exists(f"{run}/model/finished"):
         return told(stage, settings, run)
@@ -133,6 +135,31 @@ def begun_with(run: str) -> tuple[str, dict[str, str]]:
     stage = settings.pop("stage")
     flattened = flat(settings)
     return stage, {name: value if isinstance(value, str) else json.dumps(value) for name, value in flattened.items()}
+
+
+def pinned(settings: Stage, run: str) -> Stage:
+    """The settings with a version for each dataset: that with which the run began, else the last one."""
+    path = f"{run}/settings.json"
+    before = storage.read_json(path) if storage.exists(path) else {}
+    began = {
+        plain: name for key in ("data", "validation") for name in before.get(key, []) for plain in [versionless(name)]
+    }
+    return settings.model_copy(
+        update={
+            key: [began.get(name) or with_version(name) for name in getattr(settings, key)]
+            for key in ("data", "validation")
+        }
+    )
+
+
+def with_version(dataset: str) -> str:
+    folder, version = ledger.folder_and_version(dataset)
+    version = version or ledger.manifest_of(folder).get("version")
+    return f"{folder}@{version}" if version else dataset
+
+
+def versionless(dataset: str) -> str:
+    return ledger.folder_and_version(dataset)[0]
 
 
 WHERE = {
