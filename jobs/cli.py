@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs import bench, curation, evaluation, serving
+from jobs import bench, cluster, curation, evaluation, serving, submit
 from jobs.options import AsJson, Overrides, RecipeName, console, finish, recipe_of
 from jobs.session import prepare_environment, ray_session
 from pipelines import storage
@@ -32,6 +32,9 @@ app.add_typer(curation.app, name="curate")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(serving.app)
 app.add_typer(serving.keys, name="keys")
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(submit.app)
+app.add_typer(submit.jobs, name="jobs")
 
 
 @app.command()

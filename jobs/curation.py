@@ -57,7 +57,8 @@ def run(
     set: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Raw shards to a curated Arrow dataset with a ledger and a report. Settings: the recipe's `curation`."""
+    """Raw shards to a curated Arrow dataset with a ledger and a report; again, with what is new since, to its next
+    version. Settings: the recipe's `curation`."""
     from pipelines.curation.curate import curate
 
     settings = recipe_of(recipe, set, "curation").curation
@@ -68,7 +69,7 @@ def run(
         show_funnel(manifest)
         console.print(f"Report: {out}/report.html")
 
-    finish({key: manifest[key] for key in ("in", "kept", "dropped")} | {"out": out}, as_json, show)
+    finish({key: manifest[key] for key in ("version", "in", "kept", "dropped")} | {"out": out}, as_json, show)
 
 
 @app.command()
@@ -117,7 +118,7 @@ def explain(
 
 @app.command()
 def diff(
-    before: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    before: Annotated[str, typer.Argument(help="Folder of a curated dataset, or a version of it, FOLDER@1.")],
     after: Annotated[str, typer.Argument(help="Folder of another, of the same raw shards.")],
     as_json: AsJson = False,
 ) -> None:
@@ -137,6 +138,52 @@ def diff(
                 Console().print(f"{len(shards)} raw shards only in {side}: {shards[0]} …", highlight=False)
 
     finish(result, as_json, show)
+
+
+@app.command()
+def versions(
+    out: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    as_json: AsJson = False,
+) -> None:
+    """A dataset's versions. FOLDER@3 names one wherever a dataset is read: owl train --data, curate diff, export."""
+    from pipelines.curation.versions import history
+
+    told = history(out)
+
+    def show() -> None:
+        table = Table("version", "made", "by", "raw shards", "kept", "more", box=None)
+        for entry in told:
+            table.add_row(
+                str(entry["version"]),
+                entry["made"],
+                entry["by"],
+                *(f"{entry[n]:,}" for n in ("shards", "kept", "more")),
+            )
+        Console().print(table)
+
+    finish({"versions": told}, as_json, show)
+
+
+@app.command()
+def rollback(
+    out: Annotated[str, typer.Argument(help="Folder of a curated dataset.")],
+    to: Annotated[int, typer.Option("--to", help="The version whose content comes back, as the next version.")],
+    as_json: AsJson = False,
+) -> None:
+    """Brings an earlier version back. Raw shards that came after it are withdrawn: later runs leave them out, until a
+    version that had them is brought back."""
+    from pipelines.curation.versions import roll_back
+
+    manifest = roll_back(out, to)
+    told = {name: manifest[name] for name in ("version", "in", "kept")} | {"withdrawn": len(manifest["withdrawn"])}
+
+    def show() -> None:
+        console.print(
+            f"{out} is at version {told['version']}, which is version {to} again: {told['kept']:,} samples; "
+            f"{told['withdrawn']:,} raw shards are withdrawn"
+        )
+
+    finish(told, as_json, show)
 
 
 @app.command()

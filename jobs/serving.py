@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,9 @@ def serve(
     if config:
         from pipelines.serving.deploy import deploy
 
+        if (dashboard := os.environ.get("RAY_ADDRESS", "")).startswith("http"):
+            console.print(f"Deployed {config} at {deploy(config, dashboard)}")
+            return
         with ray_session():
             console.print(f"Deployed {config} at {deploy(config)}")
         return

@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from pipelines.settings import OwlError
+
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -35,8 +37,11 @@ def prepare_environment() -> None:
 
 @contextlib.contextmanager
 def ray_session(cpus: int | None = None) -> Iterator[None]:
-    """A Ray to work on. One that was started here ends with the block, whatever ends it."""
+    """A Ray to work on. One that was started here ends with the block, whatever ends it. Raises OwlError where
+    RAY_ADDRESS names a dashboard, which takes jobs, but no drivers."""
     prepare_environment()
+    if (address := os.environ.get("RAY_ADDRESS", "")).startswith("http"):
+        raise OwlError(f"RAY_ADDRESS is the dashboard {address}: put `owl submit` before the verb, or unset it")
     import ray
     import ray.data
 

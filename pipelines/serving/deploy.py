@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
@@ -32,9 +34,10 @@ def from_config(args: dict[str, Any]) -> serve.Application:
     return build(chosen.model, chosen.serving)
 
 
-def deploy(path: str) -> str:
+def deploy(path: str, dashboard: str = "") -> str:
     """Deploys a Serve config file, refusing what Serve would disregard; returns the address. A later file of the same
-    application replaces its replicas one after another."""
+    application replaces its replicas one after another. With ``dashboard``, an address such as http://host:8265, from
+    outside of the cluster; without, from within it. Raises OwlError where an application does not come up."""
     told = yaml.safe_load(storage.read_bytes(path))
     refuse_unknown(told, ServeDeploySchema, path)
     refuse_unknown(told.get("http_options", {}), HTTPOptions, f"{path}, http_options")
@@ -43,10 +46,30 @@ def deploy(path: str) -> str:
         checked(Deployed, given.get("args", {}), f"{path}, applications.{number}.args")
     schema = checked(ServeDeploySchema, told, path)
     options = {"host": "127.0.0.1", **told.get("http_options", {})}
-    serve.start(http_options=options, logging_config=QUIET)
-    client = _get_global_client()
-    client.deploy_apps(schema, _blocking=True)
+    if dashboard:
+        deploy_through(dashboard, {"logging_config": QUIET, **told, "http_options": options})
+    else:
+        serve.start(http_options=options, logging_config=QUIET)
+        client = _get_global_client()
+        client.deploy_apps(schema, _blocking=True)
     return f"http://{options['host']}:{options.get('port', 8000)}"
+
+
+def deploy_through(dashboard: str, config: dict[str, Any]) -> None:
+    try:
+        client = ServeSubmissionClient(dashboard)
+        client.deploy_applications(config)
+    except (ConnectionError, RuntimeError) as error:
+        raise OwlError(f"{dashboard} did not take the file: {str(error).strip().splitlines()[0]}") from None
+    names = {application["name"] for application in config["applications"]}
+    while True:
+        time.sleep(1)
+        there = client.get_serve_details().get("applications", {})
+        for name in names & there.keys():
+            if there[name]["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise OwlError(f"application {name}: {there[name]['status']}: {there[name]['message']}")
+        if all(there.get(name, {}).get("status") == "RUNNING" for name in names):
+            return
 
 
 def refuse_unknown(given: Any, schema: type[BaseModel], place: str) -> None:
