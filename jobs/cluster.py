@@ -4,6 +4,7 @@ node. DIR/cluster.json has their processes; nothing but these is ever ended."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from pipelines.settings import OwlError
 app = typer.Typer(no_args_is_help=True, help="A cluster of several Ray nodes on this machine.")
 Folder = Annotated[Path, typer.Option("--dir", help="The cluster's folder: its processes and logs.")]
 HERE = Path("owl-cluster")
+FILES = Path(__file__).parents[1] / "cluster"
 COMES_UP_WITHIN = 120
 
 
@@ -47,7 +49,8 @@ def up(
         if not alive(known.get(name)):
             known[name] = start(dir, name, known, "--address", known["address"], "--num-cpus", str(cpus), store=store)
             storage.write_json(f"{dir}/cluster.json", known)
-    wait_for(known)
+            wait_for(known)  # two that start at once would take each other's sockets
+    write_targets(dir, known)
     told = {name: known[name] for name in ("address", "dashboard")} | {"nodes": nodes + 1}
 
     def show() -> None:
@@ -91,6 +94,82 @@ def status(dir: Folder = HERE, as_json: AsJson = False) -> None:
         console.print(f"The dashboard: {known['dashboard']}")
 
     finish({"address": known["address"], "dashboard": known["dashboard"], "nodes": told}, as_json, show)
+
+
+@app.command()
+def watch(
+    port: Annotated[int, typer.Option("--port", help="Prometheus' port; 0 takes a free one.")] = 9090,
+    files: Annotated[Path, typer.Option("--files", help="The folder cluster/ of a checkout.")] = FILES,
+    dir: Folder = HERE,
+) -> None:
+    """Starts Prometheus (Debian: apt install prometheus) with the alerts and dashboards of cluster/, and Grafana too
+    where it is installed. They end with the cluster."""
+    known = read(dir)
+    if not alive(known.get("head")):
+        raise OwlError(f"no cluster runs in {dir}: owl cluster up")
+    if not (files / "prometheus/prometheus.yaml").exists():
+        raise OwlError(
+            f"{files} has no prometheus/prometheus.yaml: name the folder cluster/ of a checkout with --files"
+        )
+    if not shutil.which("prometheus"):
+        raise OwlError("there is no prometheus here: apt install prometheus, or https://prometheus.io/download")
+    if not alive(known.get("prometheus")):
+        known["prometheus"] = start_prometheus(dir, files, port or free_ports(1)[0])
+        storage.write_json(f"{dir}/cluster.json", known)
+    address = known["prometheus"]["address"]
+    console.print(f"Dashboards: {address}/user/board.html   Alerts: {address}/alerts", soft_wrap=True)
+    if shutil.which("grafana"):
+        if not alive(known.get("grafana")):
+            known["grafana"] = start_grafana(dir, files, address)
+            storage.write_json(f"{dir}/cluster.json", known)
+        console.print(f"Grafana: {known['grafana']['address']}/dashboards", soft_wrap=True)
+
+
+def start_prometheus(folder: Path, files: Path, port: int) -> dict[str, Any]:
+    """With this machine's nodes as its targets: Ray's list of them is made for the newest Ray on the machine."""
+    import yaml
+
+    config = yaml.safe_load((files / "prometheus/prometheus.yaml").read_text())
+    config["rule_files"] = [str((files / "prometheus/alerts.yaml").absolute())]
+    config["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str((folder / "targets.json").absolute())]
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    write_targets(folder, read(folder))
+    options = {"config.file": f"{folder}/prometheus.yaml", "storage.tsdb.path": f"{folder}/prometheus"}
+    options |= {"web.listen-address": f"127.0.0.1:{port}", "web.user-assets": str((files / "grafana").absolute())}
+    command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
+    return {**spawn(folder, "prometheus", command), "address": f"http://127.0.0.1:{port}"}
+
+
+def start_grafana(folder: Path, files: Path, prometheus: str) -> dict[str, Any]:
+    """On this machine only, for whoever is on it."""
+    (port,) = free_ports(1)
+    provisioning = folder / "grafana/provisioning"
+    for name, old, new in (
+        ("datasource", "http://127.0.0.1:9090", prometheus),
+        ("dashboards", "/var/lib/grafana/dashboards/owl", str((files / "grafana").absolute())),
+    ):
+        place = provisioning / ("datasources" if name == "datasource" else name)
+        place.mkdir(parents=True, exist_ok=True)
+        text = (files / f"grafana/provisioning/{name}.yaml").read_text()
+        (place / f"{name}.yaml").write_text(text.replace(old, new))
+    settings = {
+        "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+        "GF_SERVER_HTTP_PORT": str(port),
+        "GF_PATHS_DATA": f"{folder.absolute()}/grafana",
+        "GF_PATHS_PROVISIONING": str(provisioning.absolute()),
+        "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+    }
+    home = os.environ.get("GF_PATHS_HOME", "/usr/share/grafana")
+    entry = spawn(folder, "grafana", ["grafana", "server", "--homepath", home], settings)
+    return {**entry, "address": f"http://127.0.0.1:{port}"}
+
+
+def write_targets(folder: Path, known: dict[str, Any]) -> None:
+    nodes = {name: entry["metrics"] for name, entry in known.items() if isinstance(entry, dict) and "metrics" in entry}
+    targets = [{"targets": [f"127.0.0.1:{port}"], "labels": {"node": name}} for name, port in nodes.items()]
+    storage.write_json(f"{folder}/targets.json", targets)
 
 
 @app.command()
@@ -140,11 +219,19 @@ def start(folder: Path, name: str, known: dict[str, Any], *options: str, store: 
     command = ["ray", "start", *options, "--object-store-memory", str(store << 20), "--block"]
     command += ["--dashboard-agent-listen-port", listen, "--dashboard-agent-grpc-port", grpc]
     command += ["--runtime-env-agent-port", runtime, "--metrics-export-port", metrics]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment.setdefault("RAY_raylet_start_wait_time_s", str(COMES_UP_WITHIN))  # several share this machine
+    environment = {"RAY_raylet_start_wait_time_s": str(COMES_UP_WITHIN)}  # several share this machine
+    if watched := known.get("prometheus"):
+        environment["RAY_PROMETHEUS_HOST"] = watched["address"]
+    return {**spawn(folder, name, command, environment), "metrics": int(metrics)}
+
+
+def spawn(folder: Path, name: str, command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    here = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}  # another cluster's, it may be
     with open(folder / f"{name}.log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    return {"pid": process.pid, "began": psutil.Process(process.pid).create_time(), "metrics": int(metrics)}
+        process = subprocess.Popen(
+            command, env=here | (environment or {}), stdout=log, stderr=log, start_new_session=True
+        )
+    return {"pid": process.pid, "began": psutil.Process(process.pid).create_time()}
 
 
 def alive(entry: dict[str, Any] | None) -> bool:
@@ -179,13 +266,13 @@ def wait_for(known: dict[str, Any]) -> None:
     """Until all nodes are in the cluster's list. Raises OwlError where one has ended, or none comes."""
     from ray.util.state import list_nodes
 
-    wanted = len([entry for entry in known.values() if isinstance(entry, dict)])
+    nodes = {name: entry for name, entry in known.items() if isinstance(entry, dict) and "metrics" in entry}
     until = time.monotonic() + COMES_UP_WITHIN
     while time.monotonic() < until:
-        if gone := [name for name, entry in known.items() if isinstance(entry, dict) and not alive(entry)]:
+        if gone := [name for name, entry in nodes.items() if not alive(entry)]:
             raise OwlError(f"{gone[0]} did not start; see its log, {gone[0]}.log in the cluster's folder")
         with suppress(Exception):  # the dashboard comes up after the head, and says so in many ways
-            if len([node for node in list_nodes(known["dashboard"]) if node.state == "ALIVE"]) >= wanted:
+            if len([node for node in list_nodes(known["dashboard"]) if node.state == "ALIVE"]) >= len(nodes):
                 return
         time.sleep(0.5)
     raise OwlError(f"the cluster did not come up within {COMES_UP_WITHIN} s; see the logs in its folder")

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from pipelines.settings import OwlError
 
@@ -47,7 +48,9 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
 
     for name in ("ray.data", "ray.train", "ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if os.environ.get("OWL_LOGS") == "json":  # every line of a worker's log is an object that names job, task and node
+        quiet = {"logging_config": ray.LoggingConfig(encoding="JSON", log_level="INFO"), "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:

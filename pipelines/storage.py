@@ -43,6 +43,12 @@ def exists(path: str) -> bool:
     return fs.exists(plain)
 
 
+def size(path: str) -> int:
+    """Bytes of a file."""
+    fs, plain = filesystem(path)
+    return fs.size(plain) or 0
+
+
 def listing(folder: str, ending: str) -> list[str]:
     """Full paths of the files directly in ``folder`` whose names end so, sorted; empty if there is no such folder."""
     fs, plain = filesystem(folder)

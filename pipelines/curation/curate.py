@@ -8,6 +8,7 @@ move are later verdicts (`verdicts.py`).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from pydantic import model_validator
 from pipelines import storage
 from pipelines.curation import ledger
 from pipelines.curation.decode import Pictures, judge
+from pipelines.curation.dedup import LATER
 from pipelines.curation.filters import SCORE_LIMITS, Limits
 from pipelines.curation.likeness import Deduplication
+from pipelines.curation.meters import Meters
 from pipelines.curation.report import write_report
 from pipelines.curation.scoring import Scoring, refuse_missing, score
 from pipelines.curation.sources import UnreadableShard, find_shards, read_shard
@@ -31,6 +34,8 @@ from pipelines.curation.verdicts import settle
 from pipelines.curation.versions import Lock, current, publish, writing
 from pipelines.progress import progress
 from pipelines.settings import OwlError, Settings, refuse_other_settings
+
+log = logging.getLogger(__name__)
 
 
 class Curation(Settings):
@@ -94,13 +99,15 @@ def take_in(shards: dict[str, str], output: str, settings: Curation, lock: Lock)
         return last
     done = ledger.finished(output)
     todo = {shard: path for shard, path in new.items() if shard not in done}
-    aside = judge_and_write(todo, len(new), output, settings) if todo else {}
+    watch = Watch.remote(output, len(new) - len(todo), settings)  # type: ignore[attr-defined]
+    aside = judge_and_write(todo, len(new), output, settings, watch) if todo else {}
     if len(aside) > settings.max_set_aside:
         raise OwlError(f"{len(aside)} of {len(new)} raw shards could not be used: {next(iter(aside.values()))}")
     good = sorted(new.keys() - aside.keys())
     if settings.scoring.wanted:
         score(output, good, settings.scoring)
     entries = settle(output, good, settings, settled)
+    ray.get(watch.decided.remote(ledger.total(entries)))
     run = {
         "seconds": round(time.monotonic() - began, 1),
         "samples": sum(entry["in"] for entry in entries if entry["shard"] in todo),
@@ -129,14 +136,15 @@ def write_manifest(output: str, settings: Curation, entries: list[dict], facts: 
     return publish(output, manifest, by, lock)
 
 
-def judge_and_write(todo: dict[str, str], total: int, output: str, settings: Curation) -> dict[str, str]:
+def judge_and_write(
+    todo: dict[str, str], total: int, output: str, settings: Curation, watch: ray.actor.ActorHandle
+) -> dict[str, str]:
     """Runs the Ray Data job over the raw shards in ``todo``; returns those that could not be used, and why. Raises
     OwlError where it was stopped by too much damage."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts shards and samples
     work = [{"shard": shard, "path": path} for shard, path in todo.items()]
     tasks = min(len(work), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1))))
-    watch = Watch.remote(total - len(todo), settings.max_error_rate, settings.max_tries)  # type: ignore[attr-defined]
     with progress("curate", total, "shards", counter=watch):
         given = {"output": output, "settings": settings, "watch": watch}
         written = ray.data.from_items(work, override_num_blocks=tasks).map_batches(
@@ -159,23 +167,25 @@ class Watch:
     """Knows which shards were begun how often, and what came of all: so a shard that kills whoever opens it is set
     aside, and a job whose input is damaged stops early. One small message a shard."""
 
-    def __init__(self, done: int, max_error_rate: float, max_tries: int):
-        self.done, self.max_error_rate, self.max_tries = done, max_error_rate, max_tries
+    def __init__(self, output: str, done: int, settings: Curation):
+        self.done, self.max_error_rate, self.max_tries = done, settings.max_error_rate, settings.max_tries
         self.text = ""
         self.begun: Counter = Counter()
         self.total: dict = {"in": 0, "kept": 0, "dropped": {}}
+        self.meters = Meters(output)
 
-    def begin(self, shard: str, finished: dict | None) -> str:
+    def begin(self, shard: str, finished: tuple[dict, int] | None) -> str:
         """What a worker shall do with its next shard, when it is through with another: "go on", "set aside", "stop"."""
         if finished:
-            self.end(finished)
+            self.end(*finished)
         if self.total["in"] >= SOON and damaged(self.total) > self.max_error_rate * self.total["in"]:
             return "stop"
         self.begun[shard] += 1
         return "go on" if self.begun[shard] <= self.max_tries else "set aside"
 
-    def end(self, marker: dict) -> None:
+    def end(self, marker: dict, size: int) -> None:
         self.begun.pop(marker["shard"], None)
+        self.meters.judged(marker, size)
         self.done += 1
         self.text = f"{marker['kept']} of {marker['in']} kept in {marker['shard']}"
         self.total = ledger.total([self.total, marker])
@@ -186,17 +196,21 @@ class Watch:
     def seen(self) -> dict:
         return self.total
 
+    def decided(self, counted: dict) -> None:
+        """What later verdicts dropped of what was fit."""
+        self.meters.decided({name: counted["dropped"][name] for name in LATER if name in counted["dropped"]})
+
 
 def curate_shards(work: pa.Table, output: str, settings: Curation, watch: ray.actor.ActorHandle) -> pa.Table:
     """Curates some raw shards, one after another; those with a marker were done by an earlier try of this task."""
     aside: list[dict] = []
-    marker = None
+    finished = None
     for item in work.to_pylist():
         shard = item["shard"]
         if storage.exists(f"{output}/markers/{shard}.json"):
             continue
-        order = ray.get(watch.begin.remote(shard, marker))
-        marker = None
+        order = ray.get(watch.begin.remote(shard, finished))
+        finished = None
         if order == "stop":
             break
         if order == "set aside":
@@ -205,10 +219,14 @@ def curate_shards(work: pa.Table, output: str, settings: Curation, watch: ray.ac
             continue
         try:
             marker = ledger.write_shard(output, shard, item["path"], judged(item["path"], settings))
+            finished = marker, storage.size(item["path"])
+            told = {name: marker[name] for name in ("shard", "in", "kept", "dropped")}
+            log.info("curated a raw shard", extra={"output": output, **told})
         except UnreadableShard as error:
             aside.append({"shard": shard, "why": str(error)})
-    if marker:
-        ray.get(watch.end.remote(marker))
+            log.error("a raw shard could not be read", extra={"output": output, "shard": shard, "why": str(error)})
+    if finished:
+        ray.get(watch.end.remote(*finished))
     return pa.Table.from_pylist(aside, schema=pa.schema([("shard", pa.string()), ("why", pa.string())]))
 
 

@@ -86,12 +86,14 @@ class RayMetrics:
 
 
 GAUGES = {
+    "step": "Steps done",
     "loss": "Loss a supervised token of the global batch, in nats",
     "gradient_norm": "Norm of the gradient before clipping",
     "tokens_per_second": "Tokens a second, over all workers",
     "pictures_per_second": "Pictures a second, over all workers",
     "wait": "Share of time that worker 0 waited for data",
     "checkpoint": "Share of time that worker 0 waited for checkpoints",
+    "compute": "Share of time that worker 0 computed",
     "share_of_peak": "Operations a second as a share of what worker 0's matrices reach",
 }
 
@@ -197,6 +199,7 @@ class Diary:
             "pictures_per_second": sums["pictures"] / seconds,
             "padding": sums["padding"] / max(1, sums["tokens"] + sums["padding"]),
             "supervised": sums["supervised"],
+            "compute": "Share of time that worker 0 computed",
             "share_of_peak": seconds_at_peak / seconds,
         }
         self.history.append(entry)
