@@ -223,6 +223,18 @@ def engines(
 
 
 @app.command()
+def nodes(
+    most: Annotated[int, typer.Option("--nodes", help="Nodes at the end; each takes about 0.2 GB.")] = 16,
+    tasks: Annotated[int, typer.Option("--tasks", help="Tasks at each size.")] = 2000,
+) -> None:
+    """What a Ray node costs, and how fast work is handed out over many, on one machine."""
+    from jobs.bench_nodes import measure
+
+    for result in measure(most, tasks):
+        print(json.dumps(result), flush=True)
+
+
+@app.command()
 def gateway(
     folder: Annotated[Path, typer.Option("--dir", help="Folder for the model that is made.")],
     turns: Annotated[int, typer.Option("--turns", help="Questions of each client.")] = 50,

@@ -11,6 +11,7 @@ import posixpath
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -157,7 +158,7 @@ def create(path: str, data: bytes) -> bool:
         return read_bytes(path) == data
     folder, name = posixpath.split(plain)
     os.makedirs(folder, exist_ok=True)
-    partial = posixpath.join(folder, f".{name}.{os.getpid()}.partial")
+    partial = posixpath.join(folder, f".{name}.{uuid.uuid4().hex}.partial")
     while True:
         try:
             Path(partial).write_bytes(data)

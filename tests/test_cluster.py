@@ -20,7 +20,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from jobs.cluster import session_of
+from jobs.cluster import free_ports, session_of
 from jobs.demo import put_together
 from jobs.recipes import load
 from jobs.world.shards import World, write_world
@@ -112,26 +112,22 @@ def three_nodes(tmp_path_factory):
     running.down()
 
 
-def owl_of(made: Path) -> str:
-    return put_together(made, load("demo_small"))
-
-
 def the_way(raw: Path, out: Path, owl: str) -> dict[str, list[str]]:
     """Each verb of the way from raw shards to scores, in ``out``."""
     recipe = ["--recipe", "demo_small", "--json"]
     plain = ["--set", "deduplication=null"]
     training = ["--set", "workers=2", "--set", "steps=40", "--set", "checkpoint_every=10"]
     instructions = ["--data", f"{out}/instructions"]
+    stage1, stage2 = f"{out}/stage1", f"{out}/stage2"
+    asked = ["--benchmark", "picture_world", "--data", f"{raw}/heldout"]
     return {
         "pairs": ["curate", f"{raw}/raw/pairs", "--out", f"{out}/pairs", *recipe],
         "instructions": ["curate", f"{raw}/raw/instructions", "--out", f"{out}/instructions", *plain, *recipe],
         "text": ["curate", f"{raw}/raw/text", "--out", f"{out}/text", *plain, *recipe],
-        "stage1": ["train", "stage1", "--data", f"{out}/pairs", "--start", owl, "--run", f"{out}/stage1", *training,
-        *recipe], "stage2": ["train", "stage2", *instructions, "--start", f"{out}/stage1", "--run", f"{out}/stage2",
-        *training, *recipe], "eval": ["eval", f"{out}/stage2/model", "--benchmark", "picture_world", "--data",
-        f"{raw}/heldout",
-                 "--out", f"{out}/eval", *recipe],
-    }  # fmt: skip
+        "stage1": ["train", "stage1", "--data", f"{out}/pairs", "--start", owl, "--run", stage1, *training, *recipe],
+        "stage2": ["train", "stage2", *instructions, "--start", stage1, "--run", stage2, *training, *recipe],
+        "eval": ["eval", f"{stage2}/model", *asked, "--out", f"{out}/eval", *recipe],
+    }
 
 
 LOST_WHILE = {"pairs": "curate_shards", "stage1": "RayTrainWorker", "stage2": "RayTrainWorker", "eval": "Answerer"}
@@ -142,19 +138,9 @@ LOST_WHILE = {"pairs": "curate_shards", "stage1": "RayTrainWorker", "stage2": "R
 def test_a_node_is_lost_during_each_verb(three_nodes, made, tmp_path):
     for out in ("calm", "lossy"):
         (tmp_path / out).mkdir()
-    parts = made / "text-for-parts"
-    three_nodes.owl(
-        "curate",
-        f"{made}/world/raw/text",
-        "--out",
-        f"{made}/curated/text",
-        "--recipe",
-        "demo_small",
-        "--set",
-        "deduplication=null",
-    )
-    owl = owl_of(made)
-    assert not parts.exists()
+    text, tokenizer_text = f"{made}/world/raw/text", f"{made}/curated/text"
+    three_nodes.owl("curate", text, "--out", tokenizer_text, "--recipe", "demo_small", "--set", "deduplication=null")
+    owl = put_together(made, load("demo_small"))
     calm = the_way(made / "world", tmp_path / "calm", owl)
     lossy = the_way(made / "world", tmp_path / "lossy", owl)
     results = {}
@@ -166,11 +152,10 @@ def test_a_node_is_lost_during_each_verb(three_nodes, made, tmp_path):
             three_nodes.submit(*job, *command)
             continue
         run = tmp_path / "lossy" / verb
-        begun = (
-            (lambda run=run: len(list(run.glob("checkpoints/checkpoint_*"))) > 0)
-            if verb.startswith("stage")
-            else (lambda: True)
-        )
+
+        def begun(run: Path = run, trains: bool = verb.startswith("stage")) -> bool:
+            return not trains or any(run.glob("checkpoints/checkpoint_*"))
+
         with three_nodes.losing_a_node(LOST_WHILE[verb], after=0.2, ready=begun):
             told = three_nodes.submit(*job, *command)
         same(verb, results[verb], told, tmp_path)
@@ -181,9 +166,7 @@ def test_a_node_is_lost_during_each_verb(three_nodes, made, tmp_path):
 def same(verb: str, calm: dict, lossy: dict, folder: Path) -> None:
     one, two = folder / "calm" / verb, folder / "lossy" / verb
     if verb == "pairs":
-        assert {key: calm[key] for key in ("in", "kept", "dropped")} == {
-            key: lossy[key] for key in ("in", "kept", "dropped")
-        }
+        assert all(calm[key] == lossy[key] for key in ("in", "kept", "dropped"))
         for path in sorted((one / "shards").iterdir()):
             assert filecmp.cmp(path, two / "shards" / path.name, shallow=False)
         for path in sorted((one / "ledger").iterdir()):
@@ -201,9 +184,7 @@ def test_a_node_is_lost_under_an_endpoint(three_nodes, made, model_folder, tmp_p
     """Deployed from a Serve config file by the dashboard; every request is answered."""
     keys = str(tmp_path / "keys.jsonl")
     secret = add_key(keys, "operator")
-    with contextlib.closing(__import__("socket").socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     serving = {"keys": keys, "min_replicas": 2, "max_replicas": 2, "cpus_per_replica": 1, "drain_seconds": 10}
     config = {
         "proxy_location": "HeadOnly",

@@ -274,7 +274,7 @@ def test_a_shard_that_kills_its_worker_is_set_aside(cluster, tmp_path):
         tar_of(tmp_path / f"{number}.tar", [(f"{number}", noise(number), "a dog runs")])
     poison = f"{tmp_path}/3.tar"
     shards = {f"s{n}": f"{tmp_path}/{n}.tar" for n in range(6)}
-    watch = Watch.remote(0, 0.2, 3)
+    watch = Watch.remote(f"{tmp_path}/out", 0, Curation(max_error_rate=0.2, max_tries=3))
     work = pa.table({"shard": list(shards), "path": list(shards.values())})
 
     @ray.remote(num_cpus=1, max_retries=-1)

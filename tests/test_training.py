@@ -427,7 +427,7 @@ def test_stage_one_on_two_workers(cluster, datasets, model_folder, tmp_path):
     assert all(name.startswith(("model.vision_model", "model.abstractor")) for name in changed)
     last = log["history"][-1]
     assert set(last["norms"]) == {"vision", "abstractor"}
-    assert set(last["losses"]) == {datasets["pairs"], datasets["instructions"]}
+    assert set(last["losses"]) == {f"{datasets['pairs']}@1", f"{datasets['instructions']}@1"}
     assert last["compute"] + last["wait"] + last["checkpoint"] == pytest.approx(1)
     assert 0 < last["share_of_peak"] < 1
     assert sum(log["used"].values()) == 64

@@ -199,7 +199,6 @@ class Diary:
             "pictures_per_second": sums["pictures"] / seconds,
             "padding": sums["padding"] / max(1, sums["tokens"] + sums["padding"]),
             "supervised": sums["supervised"],
-            "compute": "Share of time that worker 0 computed",
             "share_of_peak": seconds_at_peak / seconds,
         }
         self.history.append(entry)
