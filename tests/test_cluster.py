@@ -3,105 +3,26 @@ with the results of a run that nothing happened to. Real processes, real SIGKILL
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import json
-import os
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from local_cluster import Cluster, deploy, the_way, write_raw
 from openai import OpenAI
 
-from jobs.cluster import free_ports, session_of
 from jobs.demo import put_together
 from jobs.recipes import load
-from jobs.world.shards import World, write_world
-from pipelines.serving.keys import add_key
+from jobs.world.shards import World
 
-ROOT = Path(__file__).parents[1]
 WORLD = World(pairs=600, instructions=200, texts=200, questions=60, shards=12, seed=3)
 
 
-class Cluster:
-    """What an operator types, and the hand that pulls a plug."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.environment = os.environ | {"RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
-        self.environment.pop("RAY_ADDRESS", None)
-
-    def owl(self, *arguments: str, address: str = "", check: bool = True) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "jobs.cli", *arguments]
-        environment = self.environment | ({"RAY_ADDRESS": address} if address else {})
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert run.returncode == 0 or not check, f"{arguments}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
-        return run
-
-    def up(self) -> None:
-        ports = ("--port", "0", "--dashboard", "0")
-        told = self.owl("cluster", "up", "--dir", str(self.folder), "--head-cpus", "1", *ports, "--json")
-        self.address = json.loads(told.stdout.splitlines()[-1])["dashboard"]
-
-    def down(self, *node: str) -> None:
-        self.owl("cluster", "down", "--dir", str(self.folder), *node)
-
-    def submit(self, *arguments: str) -> dict:
-        told = self.owl("submit", *arguments, "--json", address=self.address)
-        return json.loads(told.stdout.splitlines()[-1])
-
-    def nodes(self) -> dict[str, int]:
-        known = json.loads((self.folder / "cluster.json").read_text())
-        return {name: known[name]["pid"] for name in known if name.startswith("node")}
-
-    def busy(self, doing: str) -> str | None:
-        """A node besides the head on which a Ray worker of that name is at work."""
-        names = {pid: name for name, pid in self.nodes().items()}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if doing in "".join(process.cmdline()[:1]) and (name := names.get(session_of(process) or 0)):
-                    return name
-        return None
-
-    @contextlib.contextmanager
-    def losing_a_node(self, doing: str, after: float = 0, ready=lambda: True) -> Iterator[list[str]]:
-        """While the block lasts, the node that is ``doing`` something is lost, once; afterwards there is another."""
-        lost: list[str] = []
-        ended = threading.Event()
-
-        def wait() -> None:
-            while not ended.wait(0.05):
-                if ready() and (name := self.busy(doing)):
-                    ended.wait(after)
-                    self.down("--node", name)
-                    lost.append(name)
-                    return
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        try:
-            yield lost
-        finally:
-            ended.set()
-            thread.join()
-        assert lost, f"no node was {doing}"
-        self.up()
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Raw shards and an untrained Owl."""
-    folder = tmp_path_factory.mktemp("made")
-    for part in ("pairs", "instructions", "text", "heldout"):
-        write_world(folder / "world", WORLD, part)
-    return folder
+def raw(tmp_path_factory):
+    return write_raw(tmp_path_factory.mktemp("made"), WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -112,37 +33,18 @@ def three_nodes(tmp_path_factory):
     running.down()
 
 
-def the_way(raw: Path, out: Path, owl: str) -> dict[str, list[str]]:
-    """Each verb of the way from raw shards to scores, in ``out``."""
-    recipe = ["--recipe", "demo_small", "--json"]
-    plain = ["--set", "deduplication=null"]
-    training = ["--set", "workers=2", "--set", "steps=40", "--set", "checkpoint_every=10"]
-    instructions = ["--data", f"{out}/instructions"]
-    stage1, stage2 = f"{out}/stage1", f"{out}/stage2"
-    asked = ["--benchmark", "picture_world", "--data", f"{raw}/heldout"]
-    return {
-        "pairs": ["curate", f"{raw}/raw/pairs", "--out", f"{out}/pairs", *recipe],
-        "instructions": ["curate", f"{raw}/raw/instructions", "--out", f"{out}/instructions", *plain, *recipe],
-        "text": ["curate", f"{raw}/raw/text", "--out", f"{out}/text", *plain, *recipe],
-        "stage1": ["train", "stage1", "--data", f"{out}/pairs", "--start", owl, "--run", stage1, *training, *recipe],
-        "stage2": ["train", "stage2", *instructions, "--start", stage1, "--run", stage2, *training, *recipe],
-        "eval": ["eval", f"{stage2}/model", *asked, "--out", f"{out}/eval", *recipe],
-    }
-
-
 LOST_WHILE = {"pairs": "curate_shards", "stage1": "RayTrainWorker", "stage2": "RayTrainWorker", "eval": "Answerer"}
 """The verbs during which a node is lost, and the workers that it has to have then."""
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_during_each_verb(three_nodes, made, tmp_path):
+def test_a_node_is_lost_during_each_verb(three_nodes, raw, tmp_path):
     for out in ("calm", "lossy"):
         (tmp_path / out).mkdir()
-    text, tokenizer_text = f"{made}/world/raw/text", f"{made}/curated/text"
-    three_nodes.owl("curate", text, "--out", tokenizer_text, "--recipe", "demo_small", "--set", "deduplication=null")
-    owl = put_together(made, load("demo_small"))
-    calm = the_way(made / "world", tmp_path / "calm", owl)
-    lossy = the_way(made / "world", tmp_path / "lossy", owl)
+    text = ("--out", f"{raw.parent}/curated/text", "--recipe", "demo_small", "--set", "deduplication=null")
+    three_nodes.owl("curate", f"{raw}/raw/text", *text)  # what the tokenizer learns from
+    owl = put_together(raw.parent, load("demo_small"))
+    calm, lossy = the_way(raw, tmp_path / "calm", owl), the_way(raw, tmp_path / "lossy", owl)
     results = {}
     for verb, command in calm.items():
         results[verb] = json.loads(three_nodes.owl(*command).stdout.splitlines()[-1])
@@ -180,24 +82,10 @@ def same(verb: str, calm: dict, lossy: dict, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_under_an_endpoint(three_nodes, made, model_folder, tmp_path):
+def test_a_node_is_lost_under_an_endpoint(three_nodes, model_folder, tmp_path):
     """Deployed from a Serve config file by the dashboard; every request is answered."""
-    keys = str(tmp_path / "keys.jsonl")
-    secret = add_key(keys, "operator")
-    (port,) = free_ports(1)
-    serving = {"keys": keys, "min_replicas": 2, "max_replicas": 2, "cpus_per_replica": 1, "drain_seconds": 10}
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {"name": "owl", "route_prefix": "/", "import_path": "pipelines.serving.deploy:from_config",
-             "args": {"model": model_folder, "serving": serving}}
-        ],
-    }  # fmt: skip
-    (tmp_path / "endpoint.yaml").write_text(yaml.safe_dump(config))
-    told = three_nodes.owl("serve", "--config", str(tmp_path / "endpoint.yaml"), address=three_nodes.address)
-    assert f"http://127.0.0.1:{port}" in told.stderr
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=secret, max_retries=0, timeout=120)
+    address, secret = deploy(three_nodes, tmp_path, model_folder, min_replicas=2, max_replicas=2, drain_seconds=10)
+    client = OpenAI(base_url=f"{address}/v1", api_key=secret, max_retries=0, timeout=120)
 
     def answer() -> str:
         chat = client.chat.completions.create(
