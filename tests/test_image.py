@@ -87,7 +87,7 @@ class Image:
         environment = self.environment | self.given | self.carried
         inside = f"cd {self.folder} && {command}"
         done = subprocess.run(
-            ["chroot", f"--userspec={self.who}", self.root, "/bin/sh", "-c", inside],
+            [shutil.which("chroot") or "chroot", f"--userspec={self.who}", self.root, "/bin/sh", "-c", inside],
             env=environment | {"HOME": "/root" if self.who == "root" else f"/home/{self.who}"},
             capture_output=True,
             text=True,
@@ -114,16 +114,14 @@ def test_the_image_is_built_and_curates_as_a_user_without_rights(tmp_path):
     root = tmp_path / "root"
     subprocess.run(["debootstrap", "--variant=minbase", "bookworm", root], check=True, capture_output=True, timeout=900)
     told = subprocess.run(["pip", "config", "list"], capture_output=True, text=True).stdout
-    own = sorted(set(re.findall(r"(?:file://)?(/[\w/.-]+)", told)))
-    folders = [place for place in own if Path(place).is_dir()]
-    with mounted(root, ["/proc", "/dev", *folders]):
+    mine = dict(re.findall(r"global\.(cert|find-links)='(/[^']+)'", told))  # of a machine behind a proxy, such as CI's
+    wheels = mine.get("find-links")
+    with mounted(root, ["/proc", "/dev", *([wheels] if wheels else [])]):
         shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
-        carried = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-        for path in filter(os.path.isfile, own):  # such as the certificates of this machine's proxy
-            (root / path.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, root / path.lstrip("/"))
-        settings = "\n".join(re.findall(r"global\.([\w-]+='.*')", told)).replace("'", "")
-        (root / "etc/pip.conf").write_text(f"[global]\n{settings}\n")
+        carried = {"PIP_FIND_LINKS": wheels} if wheels else {}
+        if "cert" in mine:
+            shutil.copy(mine["cert"], root / "etc/proxy.crt")
+            carried["PIP_CERT"] = "/etc/proxy.crt"
         image = Image(root, {"TORCH_INDEX": "https://pypi.org/simple"}, carried)
         image.build(stages(DOCKERFILE.read_text()), "cpu")
         assert image.run("whoami").strip() == "owl"
