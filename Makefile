@@ -54,13 +54,14 @@ browser: setup
 	@$(PIP) install --constraint constraints.txt playwright
 	@command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
 
-# Other people's clients, for the tests of the endpoint: openai for Node (where there is npm), LangChain, schemathesis.
+# Other people's clients, for the tests of the endpoint: openai for Node (where there is npm), LangChain, schemathesis; and
+# Grafana's types, for those of the dashboards.
 clients: .clients/ready
 
 .clients/ready:
 	@$(PYTHON) -m venv .clients
 	@.clients/bin/pip --disable-pip-version-check --quiet install 'schemathesis==4.32.5' 'langchain-openai==1.7.3' 2>&1 | grep -v '^WARNING: Location' || true
-	@npm --prefix .clients/node --silent install openai@7.55.0
+	@npm --prefix .clients/node --silent install openai@7.55.0 @grafana/schema@13.2.3 typescript@7.0.2
 	@touch $@
 
 # vLLM with Owl's plugin, in an environment of its own, since it pins an older transformers: here its build for CPUs, a test

@@ -1,5 +1,5 @@
 """What describes machines is right: manifests by KubeRay's own schemas, launcher files by Ray's, commands by our
-command line, alerts by Prometheus' own tools; and the image's steps run in a plain Debian."""
+command line, alerts by Prometheus' own tools, dashboards by Grafana's types."""
 
 from __future__ import annotations
 
@@ -272,3 +272,35 @@ def test_panels_ask_for_metrics_that_are_told():
         "ray_owl_train_",
     }
     assert asked <= told
+
+
+DASHBOARD = """
+import type {{ Dashboard, FieldConfig, Panel }} from "{types}/dashboard/x/types.gen";
+import type {{ Options as Stat }} from "{types}/composable/stat/panelcfg/x/types.gen";
+import type {{ FieldConfig as Drawn, Options as Series }} from "{types}/composable/timeseries/panelcfg/x/types.gen";
+
+type Json<T> = T extends string ? `${{T}}` : T extends object ? {{ [K in keyof T]: Json<T[K]> }} : T;
+type Some<T> = T extends object ? {{ [K in keyof T]?: Some<T[K]> }} : T;
+type Fields<C> = {{ defaults: Omit<Json<FieldConfig>, "custom"> & {{ custom?: Some<Json<C>> }}; overrides: [] }};
+type Query = {{ refId: string; expr: string; legendFormat?: string }};
+type Kind =
+  | {{ type: "stat"; options: Some<Json<Stat>>; fieldConfig: Fields<{{}}> }}
+  | {{ type: "timeseries"; options: Some<Json<Series>>; fieldConfig: Fields<Drawn> }};
+type Strict = Omit<Json<Panel>, "type" | "options" | "fieldConfig" | "targets"> & {{ targets: Query[] }} & Kind;
+export const dashboard: Omit<Json<Dashboard>, "panels"> & {{ panels: Strict[] }} = {dashboard};
+"""
+"""A dashboard as a value of Grafana's own types. Its panels may leave options out, and enumerations are strings."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_a_dashboard_is_of_grafanas_own_types(path, tmp_path):
+    installed = CLUSTER.parent / ".clients/node/node_modules"
+    if not (installed / "@grafana/schema").is_dir():
+        pytest.skip("no @grafana/schema: make clients installs it")
+    types = f"{installed}/@grafana/schema/dist/types/raw"
+    (tmp_path / "dashboard.ts").write_text(DASHBOARD.format(types=types, dashboard=path.read_text()))
+    options = shlex.split("--noEmit --strict --skipLibCheck --moduleResolution bundler --module esnext --target es2022")
+    command = ["node", installed / "typescript/bin/tsc", *options, tmp_path / "dashboard.ts"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout

@@ -22,7 +22,7 @@ from jobs.demo import put_together
 from jobs.recipes import load
 from jobs.world.shards import World
 
-WORLD = World(pairs=4000, instructions=200, texts=200, questions=60, shards=40, seed=3)
+WORLD = World(pairs=9000, instructions=200, texts=200, questions=60, shards=90, seed=3)
 BOARDS = Path(__file__).parents[1] / "cluster/grafana"
 pytestmark = [
     pytest.mark.slow,
@@ -30,15 +30,15 @@ pytestmark = [
 ]
 
 
-def taken(page, name: str) -> None:
+def taken(page, name: str, whole: bool = False) -> None:
     """A picture for the docs, where one is asked for."""
     if folder := os.environ.get("OWL_PICTURES"):
-        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+        page.screenshot(path=f"{folder}/{name}.png", full_page=whole)
 
 
 def every_panel_has_data(page, prometheus: str, board: str) -> None:
     page.goto("about:blank")
-    page.goto(f"{prometheus}/user/board.html#board={board}&span=300")
+    page.goto(f"{prometheus}/user/board.html#board={board}&span=120")
     panels = len(json.loads((BOARDS / f"{board}.json").read_text())["panels"])
     page.wait_for_function(f"() => document.querySelectorAll('main section[data-state]').length === {panels}")
     try:
@@ -46,7 +46,6 @@ def every_panel_has_data(page, prometheus: str, board: str) -> None:
     except Exception:
         empty = page.locator("main section:not([data-state=data]) h2").all_inner_texts()
         raise AssertionError(f"{board} has no data in {empty}") from None
-    taken(page, f"board-{board.removeprefix('owl-')}")
 
 
 def asking(address: str, secret: str, until: Callable[[], bool]) -> None:
@@ -86,7 +85,8 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
             page.get_by_text("RUNNING").first.wait_for(timeout=120_000)
             taken(page, "ray-dashboard")
             every_panel_has_data(page, prometheus, "owl-curation")
-            assert job.result()["kept"] > 1000
+            assert job.result()["kept"] > 8000
+            taken(page, "board-curation", whole=True)
         page.goto(f"file://{tmp_path}/out/pairs/report.html")
         taken(page, "report-curation")
 
@@ -96,6 +96,7 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
             job = jobs.submit(cluster.submit, "--name", "stage1", *way["stage1"], "--set", "steps=200")
             every_panel_has_data(page, prometheus, "owl-training")
             assert job.result()["step"] == 200
+            taken(page, "board-training", whole=True)
         page.goto(f"file://{tmp_path}/out/stage1/report.html")
         taken(page, "report-training")
 
@@ -104,8 +105,9 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
         with ThreadPoolExecutor(1) as jobs:
             load_ = jobs.submit(asking, address, secret, seen.is_set)
             try:
-                every_panel_has_data(page, prometheus, "owl-endpoint")
-                every_panel_has_data(page, prometheus, "owl-cluster")
+                for board in ("endpoint", "cluster"):
+                    every_panel_has_data(page, prometheus, f"owl-{board}")
+                    taken(page, f"board-{board}", whole=True)
             finally:
                 seen.set()
             load_.result()
