@@ -36,9 +36,9 @@ class Cluster:
         assert run.returncode == 0 or not check, f"{arguments}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run
 
-    def up(self) -> None:
-        ports = ("--port", "0", "--dashboard", "0")
-        told = self.owl("cluster", "up", "--dir", str(self.folder), "--head-cpus", "1", *ports, "--json")
+    def up(self, *options: str) -> None:
+        options = ("--head-cpus", "1", "--port", "0", "--dashboard", "0", *options)
+        told = self.owl("cluster", "up", "--dir", str(self.folder), *options, "--json")
         self.address = json.loads(told.stdout.splitlines()[-1])["dashboard"]
 
     def down(self, *node: str) -> None:
@@ -52,14 +52,13 @@ class Cluster:
         known = json.loads((self.folder / "cluster.json").read_text())
         return {name: known[name]["pid"] for name in known if name.startswith("node")}
 
-    def busy(self, doing: str) -> str | None:
-        """A node besides the head on which a Ray worker of that name is at work."""
+    def workers(self, doing: str) -> Iterator[tuple[psutil.Process, str]]:
+        """The Ray workers of that name that are at work on nodes besides the head, and their nodes."""
         names = {pid: name for name, pid in self.nodes().items()}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if doing in "".join(process.cmdline()[:1]) and (name := names.get(session_of(process) or 0)):
-                    return name
-        return None
+                    yield process, name
 
     @contextlib.contextmanager
     def losing_a_node(self, doing: str, after: float = 0, ready=lambda: True) -> Iterator[list[str]]:
@@ -69,7 +68,8 @@ class Cluster:
 
         def wait() -> None:
             while not ended.wait(0.05):
-                if ready() and (name := self.busy(doing)):
+                if ready() and (found := next(self.workers(doing), None)):
+                    name = found[1]
                     ended.wait(after)
                     self.down("--node", name)
                     lost.append(name)
@@ -115,7 +115,16 @@ def deploy(cluster: Cluster, folder: Path, model: str, **serving) -> tuple[str, 
     keys = str(folder / "keys.jsonl")
     secret = add_key(keys, "operator")
     (port,) = free_ports(1)
-    config = {
+    config = config_of(port, model, keys=keys, **serving)
+    (folder / "endpoint.yaml").write_text(yaml.safe_dump(config))
+    told = cluster.owl("serve", "--config", str(folder / "endpoint.yaml"), address=cluster.address)
+    address = f"http://127.0.0.1:{port}"
+    assert address in told.stderr
+    return address, secret
+
+
+def config_of(port: int, model: str, **serving) -> dict:
+    return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": port},
         "applications": [
@@ -123,12 +132,7 @@ def deploy(cluster: Cluster, folder: Path, model: str, **serving) -> tuple[str, 
                 "name": "owl",
                 "route_prefix": "/",
                 "import_path": "pipelines.serving.deploy:from_config",
-                "args": {"model": model, "serving": {"keys": keys, "cpus_per_replica": 1, **serving}},
+                "args": {"model": model, "serving": {"cpus_per_replica": 1, **serving}},
             }
         ],
     }
-    (folder / "endpoint.yaml").write_text(yaml.safe_dump(config))
-    told = cluster.owl("serve", "--config", str(folder / "endpoint.yaml"), address=cluster.address)
-    address = f"http://127.0.0.1:{port}"
-    assert address in told.stderr
-    return address, secret

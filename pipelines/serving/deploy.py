@@ -67,9 +67,16 @@ def deploy_through(dashboard: str, config: dict[str, Any]) -> None:
         there = client.get_serve_details().get("applications", {})
         for name in names & there.keys():
             if there[name]["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise OwlError(f"application {name}: {there[name]['status']}: {there[name]['message']}")
+                raise OwlError(f"application {name} did not come up: {reason(there[name])}")
         if all(there.get(name, {}).get("status") == "RUNNING" for name in names):
             return
+
+
+def reason(application: dict[str, Any]) -> str:
+    """Serve tells a replica's whole traceback, whose last line says why."""
+    parts = [part["message"] for part in application["deployments"].values() if part["status"] != "HEALTHY"]
+    lines = [line.strip() for message in parts or [application["message"]] for line in message.splitlines()]
+    return next((line for line in reversed(lines) if line), application["status"])
 
 
 def refuse_unknown(given: Any, schema: type[BaseModel], place: str) -> None:

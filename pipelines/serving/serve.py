@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, ReplicaState
+from safetensors import SafetensorError, safe_open
 
 from pipelines import storage
 from pipelines.serving.engine import Ask, Busy, Died, Engine, Step, Unfit
@@ -293,8 +294,21 @@ def running(
 
 
 def refuse_no_model(model: str) -> None:
+    """Raises OwlError unless a folder has its configuration and whole files of weights. It is asked before any replica
+    is replaced, since Serve ends an old one before the new one has shown that it loads."""
     if not storage.exists(f"{model}/config.json"):
         raise OwlError(f"no model folder at {model!r}: it has no config.json")
+    index = f"{model}/model.safetensors.index.json"
+    wanted = sorted(set(storage.read_json(index)["weight_map"].values())) if storage.exists(index) else []
+    there = [name for ending in (".safetensors", ".bin") for name in storage.listing(model, ending)]
+    if not (wanted or there):
+        raise OwlError(f"the model folder {model!r} has no weights: no *.safetensors")
+    for path in [f"{model}/{name}" for name in wanted] or there:
+        try:
+            if path.endswith(".safetensors"):
+                safe_open(path, "np")  # reads its header, and compares its length with that
+        except (OSError, SafetensorError) as problem:
+            raise OwlError(f"the model's weights cannot be read: {path}: {problem}") from None
 
 
 def free_port(host: str, port: int) -> int:
