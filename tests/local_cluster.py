@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -40,6 +41,11 @@ class Cluster:
         options = ("--head-cpus", "1", "--port", "0", "--dashboard", "0", *options)
         told = self.owl("cluster", "up", "--dir", str(self.folder), *options, "--json")
         self.address = json.loads(told.stdout.splitlines()[-1])["dashboard"]
+
+    def watch(self) -> str:
+        """Prometheus' address."""
+        told = self.owl("cluster", "watch", "--dir", str(self.folder), "--port", "0")
+        return re.search(r"http://127\.0\.0\.1:\d+", told.stdout + told.stderr)[0]
 
     def down(self, *node: str) -> None:
         self.owl("cluster", "down", "--dir", str(self.folder), *node)

@@ -207,6 +207,7 @@ def test_moving_flat_and_blurred_pictures():
     assert judged_as(noise, {}, **frames) is None
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_equals_undisturbed(world, tmp_path):
     """kill -9 of the driver while shards are being written; the rerun gives the same dataset."""
     for part in ("pairs",):

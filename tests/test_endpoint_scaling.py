@@ -1,43 +1,50 @@
-"""An endpoint's replicas follow its load: 1 → 3 → 0 → 1."""
+"""An endpoint's replicas follow its load: 1 → 3 → 0 → 1, as its processes and Prometheus tell."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import aiohttp
+import psutil
 import pytest
-from test_endpoint_chaos import processes
+from local_cluster import Cluster, deploy
 
 from jobs.bench_serving import Load, ask, body_of
-from pipelines.serving.keys import new_key
-from pipelines.serving.options import Room, Serving
-from pipelines.serving.serve import running
 
 pytestmark = pytest.mark.slow
-SECRET, KEY = new_key("scaling")
-SETTINGS = Serving(
-    port=0,
-    room=Room(tokens=8192, requests=8, queue=64, pictures=32),
-    min_replicas=0,
-    max_replicas=3,
-    target_ongoing=2,
-    upscale_seconds=2,
-    downscale_seconds=4,
-    cpus_per_replica=0.5,
-)
+SETTINGS = {
+    "room": {"tokens": 8192, "requests": 8, "queue": 64, "pictures": 32},
+    "min_replicas": 0,
+    "max_replicas": 3,
+    "target_ongoing": 2,
+    "upscale_seconds": 2,
+    "downscale_seconds": 4,
+    "cpus_per_replica": 0.5,
+}
+ENGINES = 'count(ray_serve_deployment_replica_healthy{deployment="Engine"} == 1) or vector(0)'
 
 
-async def follow(address: str) -> list[tuple[float, str, int]]:
+def engines(cluster: Cluster) -> list[psutil.Process]:
+    return [process for process, _ in cluster.workers("ServeReplica:owl:Engine")]
+
+
+async def follow(cluster: Cluster, address: str, secret: str) -> list[tuple[float, str, int]]:
     """(seconds, what is asked, replicas) as they change."""
-    load = Load(address, SECRET, "owl", rate=0, requests=0, pictures=1, side=40, words=12, tokens=100)
+    load = Load(address, secret, "owl", rate=0, requests=0, pictures=1, side=40, words=12, tokens=100)
     began, seen = time.monotonic(), []
     phase = "one"
 
     async def watch() -> None:
         while True:
-            now = len(await asyncio.to_thread(processes, "Engine"))
+            now = len(await asyncio.to_thread(engines, cluster))
             if not seen or seen[-1][1:] != (phase, now):
                 seen.append((round(time.monotonic() - began, 1), phase, now))
             await asyncio.sleep(0.5)
@@ -65,7 +72,7 @@ async def follow(address: str) -> list[tuple[float, str, int]]:
         await asyncio.gather(*clients)
         phase = "none"
         await until(0, 120)
-        told = {"authorization": f"Bearer {SECRET}"}
+        told = {"authorization": f"Bearer {secret}"}
         for path in ("ready", "metrics", "v1/models"):  # none of these wakes it
             async with session.get(f"{address}/{path}", headers=told) as reply:
                 assert reply.status == 200
@@ -81,11 +88,37 @@ async def follow(address: str) -> list[tuple[float, str, int]]:
     return seen
 
 
-def test_replicas_follow_the_load(cluster, model_folder):
-    with running(model_folder, SETTINGS, KEY) as address:
-        seen = asyncio.run(follow(address))
-    print(json.dumps(seen))
-    counts = [count for _, _, count in seen]
-    assert max(counts) == 3
-    assert 0 in counts[counts.index(3) :]
-    assert counts[-1] == 1
+def told(prometheus: str, query: str, since: float) -> list[int]:
+    """The values of a query since then, each as often as it changed."""
+    asked = urlencode({"query": query, "start": since, "end": time.time(), "step": 2})
+    with urlopen(f"{prometheus}/api/v1/query_range?{asked}") as answer:
+        (series,) = json.load(answer)["data"]["result"]
+    return [int(value) for value, _ in groupby(value for _, value in series["values"])]
+
+
+def in_order(wanted: list[int], among: list[int]) -> bool:
+    rest = iter(among)
+    return all(value in rest for value in wanted)
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+def test_replicas_follow_the_load(chromium, model_folder, tmp_path):
+    cluster = Cluster(tmp_path / "cluster")
+    cluster.up("--head-cpus", "0")
+    try:
+        prometheus, began = cluster.watch(), time.time()
+        with ThreadPoolExecutor(1) as apart:  # the browser's event loop is this thread's
+            seen = apart.submit(
+                lambda: asyncio.run(follow(*deploy(cluster, tmp_path, model_folder, **SETTINGS)))
+            ).result()
+        print(json.dumps(seen))
+        assert in_order([1, 3, 0, 1], [count for _, _, count in seen])
+        time.sleep(15)  # until it has been scraped
+        assert in_order([1, 3, 0, 1], told(prometheus, ENGINES, began))
+        page = chromium.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(f"{prometheus}/user/board.html#board=owl-endpoint&span={round(time.time() - began)}")
+        page.wait_for_function("() => document.querySelectorAll('main section[data-state=data]').length > 8")
+        if folder := os.environ.get("OWL_PICTURES"):
+            page.get_by_label("Replicas").first.screenshot(path=f"{folder}/scaling.png")
+    finally:
+        cluster.down()

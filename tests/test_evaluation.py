@@ -70,6 +70,7 @@ def test_one_actor_and_two_write_the_same_results(finished, world, model_folder,
     assert json.loads((tmp_path / "run.json").read_text())["answers_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_nothing_is_asked_twice(cluster, world, model_folder, tmp_path):
     """kill -9 of the whole process group, Ray included; what was answered stays as it is to the nanosecond."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"

@@ -739,6 +739,7 @@ def test_an_outage_here_is_not_made_final(ask, tmp_path):
     assert not (tmp_path / "list-00000.tar").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_equals_undisturbed(cluster, site, tmp_path, monkeypatch, capsys):
     """kill -9 of the driver while shards are being fetched; the rerun fetches the rest, and only that."""
     urls = [url_of(site, f"/good/{n}?wait=0.03&killed") for n in range(60)]

@@ -84,7 +84,7 @@ def run(model_folder: str, count: int) -> dict:
 
 
 def test_some_of_them_are_refused(model_folder):
-    found = run(model_folder, 120)
+    found = run(model_folder, 60)
     assert found["wrong"] == []
     assert found["grown"] < 50 << 20
 

@@ -44,16 +44,27 @@ def add(raw: Path, name: str, seeds: range) -> None:
     tar_of(raw / f"{name}.tar", [(f"{name}-{seed}", noise(seed), f"a picture of number {seed}") for seed in seeds])
 
 
-@pytest.fixture
-def grown(cluster, tmp_path) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def kept(cluster, tmp_path_factory) -> Path:
     """A set of raw shards that grew twice, and its dataset of three versions. Old raw shards were ruined in between."""
-    raw, out = tmp_path / "raw", f"{tmp_path}/pairs"
+    folder = tmp_path_factory.mktemp("grown")
+    raw, out = folder / "here/raw", f"{folder}/here/pairs"
+    raw.mkdir(parents=True)
     for name, seeds in (("m", range(0, 10)), ("a", range(5, 15)), ("z", range(0, 20))):
-        for old in raw.glob("*.tar") if raw.exists() else ():
+        for old in raw.glob("*.tar"):
             old.write_bytes(b"nobody reads this again")
         add(raw, name, seeds)
         curate([str(raw)], out, DRAWN)
-    return raw, out
+    shutil.copytree(folder / "here", folder / "kept")
+    return folder
+
+
+@pytest.fixture
+def grown(kept) -> tuple[Path, str]:
+    """The same for each test."""
+    shutil.rmtree(kept / "here")
+    shutil.copytree(kept / "kept", kept / "here")
+    return kept / "here/raw", f"{kept}/here/pairs"
 
 
 def test_a_dataset_grows_by_what_is_new(grown):

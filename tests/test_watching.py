@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -72,8 +71,7 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
     text = ("--out", f"{tmp_path}/curated/text", "--recipe", "demo_small", "--set", "deduplication=null")
     way = the_way(raw, tmp_path / "out", "")
     try:
-        told = cluster.owl("cluster", "watch", "--dir", f"{tmp_path}/cluster", "--port", "0")
-        prometheus = re.search(r"http://127\.0\.0\.1:\d+", told.stdout + told.stderr)[0]
+        prometheus = cluster.watch()
         token = cluster.owl("cluster", "token").stdout.strip()
         context = chromium.new_context(viewport={"width": 1280, "height": 800}, device_scale_factor=1)
         context.add_cookies([{"name": "ray-authentication-token", "value": token, "url": cluster.address}])
