@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow rivals s3-server browser clients vllm check-vllm check-oldest clean
+.PHONY: setup demo test check check-slow rivals s3-server browser clients prometheus vllm check-vllm check-oldest clean
 
 setup: $(VENV)/ready
 
@@ -53,6 +53,10 @@ s3-server: .s3/ready
 browser: setup
 	@$(PIP) install --constraint constraints.txt playwright
 	@command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
+
+# Prometheus, for the tests of alerts and dashboards and for `owl cluster watch`: Debian's.
+prometheus:
+	@command -v promtool > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus > /dev/null; }
 
 # Other people's clients, for the tests of the endpoint: openai for Node (where there is npm), LangChain, schemathesis; and
 # Grafana's types, for those of the dashboards.
