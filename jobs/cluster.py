@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -182,8 +183,9 @@ def token() -> None:
 
 def auth_token() -> str:
     """Made where there is none yet."""
-    command = ["ray", "get-auth-token", "--generate"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    here = beside_this_python()
+    command = [shutil.which("ray", path=here["PATH"]) or "ray", "get-auth-token", "--generate"]
+    return subprocess.run(command, env=here, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -226,12 +228,17 @@ def start(folder: Path, name: str, known: dict[str, Any], *options: str, store: 
 
 
 def spawn(folder: Path, name: str, command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    here = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}  # another cluster's, it may be
+    here = beside_this_python() | (environment or {})
+    here.pop("RAY_ADDRESS", None)  # another cluster's, it may be
+    program = shutil.which(command[0], path=here["PATH"]) or command[0]
     with open(folder / f"{name}.log", "wb") as log:
-        process = subprocess.Popen(
-            command, env=here | (environment or {}), stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen([program, *command[1:]], env=here, stdout=log, stderr=log, start_new_session=True)
     return {"pid": process.pid, "began": psutil.Process(process.pid).create_time()}
+
+
+def beside_this_python() -> dict[str, str]:
+    """The environment, in which this Python's programs come first: a job's `python` is its node's."""
+    return os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
 
 
 def alive(entry: dict[str, Any] | None) -> bool:
