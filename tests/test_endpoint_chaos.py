@@ -16,6 +16,7 @@ import aiohttp
 import psutil
 import pytest
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from jobs.bench_serving import Load, ask, body_of
 from pipelines.serving.keys import new_key
@@ -35,26 +36,33 @@ SETTINGS = Serving(
 )
 
 
-def processes(name: str, older: float = 0) -> list[int]:
-    """Of a deployment's living replicas that are some seconds old, among the processes of this test's own Ray."""
+def processes(name: str) -> list[int]:
+    """Of a deployment's living replicas, among the processes of this test's own Ray."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            named = f"ServeReplica:owl:{name}" in "".join(process.cmdline()[:1])
-            if named and time.time() - process.create_time() > older:
+            if f"ServeReplica:owl:{name}" in "".join(process.cmdline()[:1]):
                 found.append(process.pid)
     return found
 
 
+def ready() -> list[int]:
+    """The engine replicas that have started, as Serve knows."""
+    applications = _get_global_client().get_serve_details()["applications"]
+    engine = applications.get("owl", {}).get("deployments", {}).get("Engine", {"replicas": []})
+    return [replica["pid"] for replica in engine["replicas"] if replica["state"] == "RUNNING"]
+
+
 async def killing(until: float, done: Counter) -> None:
-    """Kills an engine replica every few seconds, as soon as there are two that have had time to start: Serve gives an
-    upgrade up whose new replicas die while they start."""
+    """Kills an engine replica every few seconds, as soon as two are ready: Serve gives an upgrade up whose new replicas
+    die while they start."""
     while time.monotonic() < until:
         await asyncio.sleep(2)
-        pids = await asyncio.to_thread(processes, "Engine", 12)
+        pids = await asyncio.to_thread(ready)
         if len(pids) >= 2:
-            os.kill(random.choice(pids), signal.SIGKILL)
-            done["replicas killed"] += 1
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(random.choice(pids), signal.SIGKILL)
+                done["replicas killed"] += 1
 
 
 async def upgrading(model: str, at: float, done: Counter) -> None:
