@@ -41,13 +41,13 @@ def recipe_of(name: str, overrides: list[str] | None, group: str = ""):
     return with_overrides(load(name), pairs)
 
 
-def pairs_of(overrides: list[str]) -> dict[str, str]:
+def pairs_of(given: list[str], option: str = "--set") -> dict[str, str]:
     """["a=1"] → {"a": "1"}. Raises SettingError for an item without an equals sign."""
     pairs = {}
-    for item in overrides:
+    for item in given:
         key, equals, value = item.partition("=")
         if not equals:
-            raise SettingError(f"--set takes key=value, not {item!r}")
+            raise SettingError(f"{option} takes key=value, not {item!r}")
         pairs[key] = value
     return pairs
 

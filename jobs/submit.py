@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from jobs.options import AsJson, console, finish
+from jobs.options import AsJson, console, finish, pairs_of
 from jobs.session import prepare_environment
 from pipelines.settings import OwlError
 
@@ -68,7 +68,7 @@ def submit(
         refuse_no_job(asked)
     name = name or f"{verb or 'job'}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     environment = runtime_environment(code, lock, env or [])
-    metadata = pairs(label or [], "--label") | {"owl": version("owl-vlm"), "name": name}
+    metadata = pairs_of(label or [], "--label") | {"owl": version("owl-vlm"), "name": name}
     given = {"runtime_env": environment, "entrypoint_num_cpus": cpus, "metadata": metadata}
     given["entrypoint_memory"] = int(memory * 2**30) if memory else None
     while True:
@@ -148,16 +148,6 @@ def environment_of(given: Sequence[str]) -> dict[str, str]:
         if not equals and name not in os.environ:
             raise OwlError(f"--env {name}: it has no value here; give one as {name}=VALUE")
         found[name] = value if equals else os.environ[name]
-    return found
-
-
-def pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    found = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise OwlError(f"{option} takes KEY=VALUE, not {item!r}")
-        found[key] = value
     return found
 
 

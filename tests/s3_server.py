@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from s3fs import S3FileSystem
 
@@ -144,3 +145,13 @@ def s3_server(folder: Path) -> Iterator[Server]:
     finally:
         for name in server.processes:
             server.stop(name)
+
+
+@contextlib.contextmanager
+def s3_bucket(folder: Path, name: str) -> Iterator[Server]:
+    """A server that has a bucket, and this process's s3:// for as long."""
+    with s3_server(folder) as running, pytest.MonkeyPatch.context() as patch:
+        for variable, value in running.environment.items():
+            patch.setenv(variable, value)
+        fsspec.filesystem("s3").mkdir(name)
+        yield running

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from s3_server import s3_server
+from s3_server import s3_bucket
 
 from jobs.world.shards import World, write_world
 from pipelines import storage
@@ -21,10 +21,7 @@ RAY = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("files")
+    with s3_bucket(tmp_path_factory.mktemp("s3"), "files") as running:
         yield running
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 import pyarrow.ipc
 import pytest
-from s3_server import s3_server
+from s3_server import s3_bucket
 from test_curation import DRAWN, noise, tar_of
 
 from jobs.world.shards import World, write_world
@@ -142,10 +142,7 @@ def test_training_keeps_the_version_that_it_began_with(grown):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("grown")
+    with s3_bucket(tmp_path_factory.mktemp("s3"), "grown") as running:
         yield running
 
 
