@@ -107,10 +107,9 @@ def test_replicas_follow_the_load(chromium, model_folder, tmp_path):
     cluster.up("--head-cpus", "0")
     try:
         prometheus, began = cluster.watch(), time.time()
+        there = deploy(cluster, tmp_path, model_folder, **SETTINGS)
         with ThreadPoolExecutor(1) as apart:  # the browser's event loop is this thread's
-            seen = apart.submit(
-                lambda: asyncio.run(follow(*deploy(cluster, tmp_path, model_folder, **SETTINGS)))
-            ).result()
+            seen = apart.submit(asyncio.run, follow(cluster, *there)).result()
         print(json.dumps(seen))
         assert in_order([1, 3, 0, 1], [count for _, _, count in seen])
         time.sleep(15)  # until it has been scraped

@@ -21,7 +21,7 @@ from jobs.demo import put_together
 from jobs.recipes import load
 from jobs.world.shards import World
 
-WORLD = World(pairs=9000, instructions=200, texts=200, questions=60, shards=90, seed=3)
+WORLD = World(pairs=9000, instructions=300, texts=300, questions=60, shards=90, seed=3)
 BOARDS = Path(__file__).parents[1] / "cluster/grafana"
 pytestmark = [
     pytest.mark.slow,
