@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check check-slow rivals s3-server browser clients prometheus vllm check-vllm check-oldest clean
+.PHONY: setup demo test check check-slow rivals s3-server browser clients prometheus vllm check-vllm check-oldest pictures clean
 
 setup: $(VENV)/ready
 
@@ -95,6 +95,10 @@ check-oldest: setup .oldest/ready
 	@echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" > $$(.oldest/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/over.pth
 	@.oldest/bin/pip --disable-pip-version-check --quiet install 'transformers==5.16.0' httpx 2>&1 | grep -v '^WARNING: Location' || true
 	@touch $@
+
+# The pictures of docs/operations.md: jobs on a local cluster, watched in a browser (needs prometheus and browser).
+pictures: setup
+	@OWL_PICTURES=$(CURDIR)/docs/pictures $(BIN)/pytest -q -m slow tests/test_endpoint_scaling.py tests/test_watching.py
 
 clean:
 	rm -rf $(VENV) .rivals .s3 .clients .vllm .oldest owl-demo *.egg-info
