@@ -49,10 +49,11 @@ s3-server: .s3/ready
 	@.s3/bin/pip --disable-pip-version-check --quiet install 'swift==2.38.3' 'setuptools<81' 2>&1 | grep -v '^WARNING: Location' || true
 	@touch $@
 
-# A browser for the tests of pages: the system's Chromium where there is one, else playwright's.
+# A browser for the tests of pages: the system's Chromium, which Debian installs, else playwright's.
 browser: setup
-	@$(PIP) install --constraint constraints.txt playwright
-	@command -v chromium > /dev/null || $(BIN)/playwright install --with-deps chromium
+	@$(PIP) install --constraint constraints.txt playwright 2>&1 | grep -v '^WARNING: Location' || true
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
+	  || $(BIN)/playwright install --with-deps chromium
 
 # Prometheus, for the tests of alerts and dashboards and for `owl cluster watch`: Debian's.
 prometheus:

@@ -19,9 +19,10 @@ from jobs.parts import assemble, write_tiny_language_model
 from jobs.recipes import Parts
 from owl_model import OwlProcessor
 from pipelines import storage
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation.curate import curate
 from pipelines.curation.decode import Pictures
 from pipelines.curation.export import export
+from pipelines.curation.options import Curation
 from pipelines.records import CURATED, caption_messages
 from pipelines.training.dataset import Dataset
 from pipelines.training.feed import Feed, Looks

@@ -9,9 +9,9 @@ from typing import Any
 
 from jobs import papers
 from jobs.world.shards import World
-from pipelines.curation.curate import Curation
 from pipelines.curation.filters import Limits
 from pipelines.curation.likeness import Deduplication
+from pipelines.curation.options import Curation
 from pipelines.evaluation.evaluate import Evaluation
 from pipelines.fetching.fetch import Fetching
 from pipelines.serving.options import Serving

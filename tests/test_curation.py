@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 from jobs.recipes import load
 from jobs.world.shards import PLANTED, World, write_world
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, Watch, curate, curate_shards
+from pipelines.curation.curate import Watch, curate, curate_shards
 from pipelines.curation.decode import Pictures, judge
 from pipelines.curation.filters import (
     HeaderStats,
@@ -35,6 +35,7 @@ from pipelines.curation.filters import (
     judge_header,
     masked,
 )
+from pipelines.curation.options import Curation
 from pipelines.curation.rethreshold import rethreshold
 from pipelines.curation.sources import RawSample, find_shards, read_sample, read_shard
 from pipelines.settings import OwlError

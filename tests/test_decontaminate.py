@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation.curate import curate
 from pipelines.curation.filters import Limits
+from pipelines.curation.options import Curation
 from pipelines.curation.rethreshold import rethreshold
 from pipelines.evaluation.decontaminate import decontaminate
 from pipelines.settings import OwlError

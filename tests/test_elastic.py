@@ -20,7 +20,8 @@ class Run:
     """A run of two workers on a cluster of two machines, one CPU each."""
 
     def __init__(self, folder: Path, world: Path, model: str, checkpoint_every: int):
-        from pipelines.curation.curate import Curation, curate
+        from pipelines.curation.curate import curate
+        from pipelines.curation.options import Curation
 
         curate([f"{world}/raw/instructions"], f"{folder}/data", Curation(deduplication=None))
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"

@@ -86,7 +86,8 @@ def kill_worker(driver: subprocess.Popen) -> None:
 def test_killed_and_resumed_elsewhere_equals_left_alone(stage, cluster, world, model_folder, tmp_path, monkeypatch):
     """60 steps straight, on two workers, from disk; and with a worker killed after 20, the driver after 40, the rest on
     one worker, with data, run and checkpoints on an S3 server."""
-    from pipelines.curation.curate import Curation, curate
+    from pipelines.curation.curate import curate
+    from pipelines.curation.options import Curation
 
     data = {part: f"{tmp_path}/{part}" for part in ("instructions", "text")}
     for part, folder in data.items():

@@ -28,7 +28,8 @@ from aiohttp import web
 from PIL import Image
 
 from jobs.cli import main
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation.curate import curate
+from pipelines.curation.options import Curation
 from pipelines.curation.sources import find_shards, read_shard
 from pipelines.fetching import politeness
 from pipelines.fetching.download import FETCH_REASONS, open_web, retry_after

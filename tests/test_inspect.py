@@ -13,12 +13,13 @@ import ray.data
 
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation.curate import curate
 from pipelines.curation.decode import Pictures
 from pipelines.curation.export import export
 from pipelines.curation.filters import Limits
 from pipelines.curation.inspect import diff, explain, preview, verdicts
 from pipelines.curation.ledger import manifest_of
+from pipelines.curation.options import Curation
 from pipelines.curation.rethreshold import rethreshold
 from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError

@@ -16,10 +16,11 @@ from transformers import (
 
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation.curate import curate
 from pipelines.curation.filters import Limits
 from pipelines.curation.inspect import verdicts
 from pipelines.curation.likeness import Deduplication
+from pipelines.curation.options import Curation
 from pipelines.curation.rethreshold import rethreshold
 from pipelines.curation.scoring import Scoring
 from pipelines.settings import OwlError

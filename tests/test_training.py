@@ -18,7 +18,8 @@ from transformers import BloomConfig
 
 from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlVisionConfig
 from pipelines import storage
-from pipelines.curation.curate import Curation, curate
+from pipelines.curation.curate import curate
+from pipelines.curation.options import Curation
 from pipelines.settings import OwlError, SettingError, with_overrides
 from pipelines.training import stages
 from pipelines.training.cache import Cache

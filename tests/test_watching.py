@@ -29,9 +29,10 @@ pytestmark = [
 ]
 
 
-def taken(page, name: str, whole: bool = False) -> None:
-    """A picture for the docs, where one is asked for."""
+def taken(page, name: str, whole: bool = False, after: float = 0) -> None:
+    """A picture for the docs, where one is asked for, ``after`` seconds in which lines become longer."""
     if folder := os.environ.get("OWL_PICTURES"):
+        page.wait_for_timeout(1000 * after)
         page.screenshot(path=f"{folder}/{name}.png", full_page=whole)
 
 
@@ -105,7 +106,7 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
             try:
                 for board in ("endpoint", "cluster"):
                     every_panel_has_data(page, prometheus, f"owl-{board}")
-                    taken(page, f"board-{board}", whole=True)
+                    taken(page, f"board-{board}", whole=True, after=45)
             finally:
                 seen.set()
             load_.result()

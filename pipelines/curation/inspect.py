@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation
 from pipelines.curation.decode import judge
 from pipelines.curation.ledger import manifest_of
+from pipelines.curation.options import Curation
 from pipelines.curation.sources import find_shards, read_shard
 from pipelines.settings import OwlError
 

@@ -16,9 +16,10 @@ import ray
 
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, write_manifest
+from pipelines.curation.curate import write_manifest
 from pipelines.curation.decode import judge
 from pipelines.curation.filters import REASONS, Limits
+from pipelines.curation.options import Curation
 from pipelines.curation.scoring import score
 from pipelines.curation.sources import read_sample
 from pipelines.curation.verdicts import parts_of, reason_now, settle

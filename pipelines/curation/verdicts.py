@@ -7,7 +7,6 @@ back: its row is still in the shard.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
@@ -27,10 +26,8 @@ from pipelines.curation.filters import (
     judge_pixels,
     judge_scores,
 )
+from pipelines.curation.options import Curation
 from pipelines.records import LEDGER, SCORES
-
-if TYPE_CHECKING:
-    from pipelines.curation.curate import Curation
 
 SCORE_NAMES = [name for name in SCORES.names if name in LEDGER.names and name != "row"]
 SHARDS_A_TASK = 256

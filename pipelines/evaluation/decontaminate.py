@@ -18,9 +18,10 @@ import ray
 from owl_model.images import decode, open_header
 from pipelines import storage
 from pipelines.curation import ledger
-from pipelines.curation.curate import Curation, write_manifest
+from pipelines.curation.curate import write_manifest
 from pipelines.curation.decode import fingerprints
 from pipelines.curation.likeness import REACH, Deduplication, alike_pictures, hex_numbers, plain
+from pipelines.curation.options import Curation
 from pipelines.curation.verdicts import parts_of
 from pipelines.curation.versions import Lock, writing
 from pipelines.evaluation.benchmarks import named
