@@ -12,12 +12,15 @@ import pytest
 import torch
 from endpoint import ANIMALS, assert_animals, lettered, png
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
 from transformers import ContinuousBatchingConfig
 
 from owl_model.answering import generation_config, load, prompt_inputs
 from owl_model.looking import looked
 from pipelines.serving import attention
-from pipelines.serving.batching import Batching
+from pipelines.serving.batching import Batching, Decoder
+from pipelines.serving.compiled import Compiled
 from pipelines.serving.engine import Ask, Busy, Picture, Sampling, Unfit
 from pipelines.serving.models import digest
 from pipelines.serving.options import Room
@@ -107,7 +110,23 @@ def test_two_hundred_prompts_equal_generate(pair):
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_tokens(pair):
+    """All by one graph, which is there before the first request."""
+    torch._dynamo.reset()
+    counters.clear()
     parity(*pair, count=40, room=ROOM.model_copy(update={"compile": True}))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU multiplies no bf16")
+def test_compiled_weights_are_packed(pair):
+    owl, _ = pair
+    decoder = Decoder(owl.bfloat16(), PictureIds(owl.get_input_embeddings(), owl.config.visual_tokens, 1))
+    decoder.set_attn_implementation(attention.register())
+    counters.clear()
+    with fresh_inductor_cache():
+        Compiled(decoder.model, decoder.lm_head).compile(owl.config.text_config.hidden_size, torch.bfloat16)
+    assert counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > 0
 
 
 def test_an_answer_is_the_same_alone_and_in_a_batch(pair):

@@ -47,6 +47,8 @@ class Plan(NamedTuple):
     """[R]: the last place of each one's keys, where its own go."""
     mask: torch.Tensor | None
     """[S, 1, 1, K]: which keys each slot has."""
+    span: slice | None = None
+    """The slots, where there are next tokens only and their rows come in the order of slots that follow each other."""
 
 
 class Slots:
@@ -85,7 +87,11 @@ class Slots:
             last = torch.zeros(int(slots.max()) + 1, dtype=torch.long)
             last[slots] = ends
             mask = (torch.arange(int(ends.max()) + 1) <= last[:, None])[:, None, None]
-        return Plan(alone, torch.tensor([piece.first for piece in together], dtype=torch.long), slots, ends, mask)
+        span = None
+        if together and not alone and all(piece.slot == slots[0] + row for row, piece in enumerate(together)):
+            span = slice(int(slots[0]), int(slots[-1]) + 1)
+        rows = torch.tensor([piece.first for piece in together], dtype=torch.long)
+        return Plan(alone, rows, slots, ends, mask, span)
 
     def slot(self, name: str) -> int | None:
         if name not in self.of and self.free:
@@ -160,6 +166,14 @@ class Paged(NamedTuple):
         values.index_copy_(0, write, new_values)
         asked = query[0].transpose(0, 1).to(keys.dtype)  # [Q, heads, d]
         options = {"scale": scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
+        if plan.span is not None and plan.mask is not None:  # nothing to be sorted
+            all_keys, all_values = held.layer(layer, plan.mask.shape[0], plan.mask.shape[3], keys)
+            all_keys[plan.slots, plan.ends] = new_keys
+            all_values[plan.slots, plan.ends] = new_values
+            near = (each[plan.span, : plan.mask.shape[3]].transpose(1, 2) for each in (all_keys, all_values))
+            mask = plan.mask[plan.span] if len(asked) > 1 else None  # one alone sees all its keys
+            attended = scaled_dot_product_attention(asked[:, :, None], *near, attn_mask=mask, **options)
+            return attended[None, :, :, 0].to(query.dtype)
         out = torch.empty_like(asked)
         if plan.alone:
             read = self.read_index[allocator.index]

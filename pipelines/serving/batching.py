@@ -26,7 +26,7 @@ from owl_model.looking import looked
 from pipelines.serving import attention
 from pipelines.serving.adapters import Adapters
 from pipelines.serving.attention import Paged, Slots
-from pipelines.serving.compiled import NextTokens
+from pipelines.serving.compiled import Compiled
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
 from pipelines.serving.options import Room, longest_of
 from pipelines.serving.sampling import Choice, grammar_of
@@ -51,8 +51,8 @@ class Decoder(PreTrainedModel, GenerationMixin):
         """The requests of the step that is being computed, in the order of its rows."""
         self.slots: Slots | None = None
         """For attention.py, where that is how it attends."""
-        self.compiled: NextTokens | None = None
-        """For steps in which every request is asked for its next token."""
+        self.compiled: Compiled | None = None
+        """For steps without adapters, and without pictures where these have weights of their own."""
         self.adapters: Adapters | None = None
         self.adapter_of: dict[str, str] = {}
         """Request → its adapter."""
@@ -69,10 +69,13 @@ class Decoder(PreTrainedModel, GenerationMixin):
         ids = self.pictures.plain(input_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if plan is not None and self.slots is not None:
-            if self.compiled is not None and not plan.alone and not self.adapter_of:
+            seen = self.adaptive and bool((ids >= self.pictures.first).any())
+            if self.compiled is not None and not self.adapter_of and not seen:
                 step = Paged(kwargs["cache"], plan, self.slots, kwargs["read_index"], kwargs["write_index"])
-                logits = self.compiled(self.pictures(ids), kwargs["position_ids"], step.attend)
-                return CausalLMOutput(logits=logits[:, keep])
+                kept = torch.arange(ids.shape[1])[keep]
+                return CausalLMOutput(
+                    logits=self.compiled(self.pictures(ids), kwargs["position_ids"], kept, step.attend)
+                )
             kwargs |= {"plan": plan, "held": self.slots}
         if self.adaptive:
             kwargs["rows"] = sort_rows(ids >= self.pictures.first)
@@ -163,7 +166,7 @@ class Batching:
         if room.compile:
             if self.decoder.slots is None:
                 raise OwlError("room.compile is for CPUs")
-            self.decoder.compiled = NextTokens(self.decoder.model, self.decoder.lm_head)
+            self.decoder.compiled = Compiled(self.decoder.model, self.decoder.lm_head)
             aside(self.decoder.compiled.compile, text.hidden_size, owl.get_input_embeddings().weight.dtype)
         self.adapters = self.decoder.adapters = Adapters(owl)
         self.choice = Choice(list(self.media), end, grammars)

@@ -26,7 +26,7 @@ class Room(Settings):
     """Pictures whose embeddings are held."""
     compile: bool = False
     """Compiles the steps of answers when the engine starts, on CPUs: about a minute, and the language model's weights
-    twice in memory; then answers are written 1.3 to 1.8 times as fast."""
+    twice in memory; then answers are written 1.2 to 1.8 times as fast."""
 
 
 def longest_of(config: Any, room: Room) -> int:
