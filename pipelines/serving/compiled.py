@@ -42,8 +42,8 @@ class Compiled:
     @torch.no_grad()
     def compile(self, width: int, dtype: torch.dtype) -> None:
         """Takes about a minute."""
-        # Weights become constants, packed for their kernels. As an option of torch.compile, this would be heard when they
-        # are inputs already.
+        # Weights become constants, packed for their kernels. As an option of torch.compile this is heard too late, when
+        # they are inputs already.
         with torch._inductor.config.patch(freezing=True):
             self.graph(torch.zeros(1, 4, width, dtype=dtype), torch.zeros(1, 4, dtype=torch.int32), torch.arange(3))
 
