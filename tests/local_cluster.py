@@ -29,6 +29,8 @@ class Cluster:
         self.folder = folder
         self.environment = os.environ | {"RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
         self.environment.pop("RAY_ADDRESS", None)
+        self.port = 0
+        """Of its endpoints, once there is one: Serve keeps it."""
 
     def owl(self, *arguments: str, address: str = "", check: bool = True) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "jobs.cli", *arguments]
@@ -120,7 +122,7 @@ def deploy(cluster: Cluster, folder: Path, model: str, **serving) -> tuple[str, 
     """An endpoint from a Serve config file, by the dashboard; its address and a key."""
     keys = str(folder / "keys.jsonl")
     secret = add_key(keys, "operator")
-    (port,) = free_ports(1)
+    port = cluster.port = cluster.port or free_ports(1)[0]
     config = config_of(port, model, keys=keys, **serving)
     (folder / "endpoint.yaml").write_text(yaml.safe_dump(config))
     told = cluster.owl("serve", "--config", str(folder / "endpoint.yaml"), address=cluster.address)

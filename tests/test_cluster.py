@@ -113,8 +113,8 @@ def test_a_node_is_lost_under_an_endpoint(three_nodes, model_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_bad_model_does_not_get_in_the_way(three_nodes, model_folder, tmp_path):
-    """A folder without weights is deployed over a running endpoint: it is refused, and the old one answers on; so it
-    does when the earlier file is deployed again."""
+    """A folder without weights is deployed over a running endpoint: it is refused, and the old one answers on; so is
+    another port, which Serve would disregard. The earlier file may be deployed again."""
     address, secret = deploy(three_nodes, tmp_path, model_folder, min_replicas=1, max_replicas=1, drain_seconds=5)
     answer = asker(address, secret)
     wanted = answer()
@@ -125,6 +125,10 @@ def test_a_bad_model_does_not_get_in_the_way(three_nodes, model_folder, tmp_path
     assert told.returncode != 0
     assert "has no weights" in told.stderr
     assert answer() == wanted
+    (tmp_path / "elsewhere.yaml").write_text(config.replace(str(three_nodes.port), "1"))
+    told = three_nodes.owl("serve", "--config", f"{tmp_path}/elsewhere.yaml", address=three_nodes.address, check=False)
+    assert told.returncode != 0
+    assert f"Serve runs there with {three_nodes.port}" in " ".join(told.stderr.split())
     three_nodes.owl("serve", "--config", f"{tmp_path}/endpoint.yaml", address=three_nodes.address)
     assert answer() == wanted
 

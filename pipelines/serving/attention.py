@@ -170,9 +170,14 @@ class Paged(NamedTuple):
             all_keys, all_values = held.layer(layer, plan.mask.shape[0], plan.mask.shape[3], keys)
             all_keys[plan.slots, plan.ends] = new_keys
             all_values[plan.slots, plan.ends] = new_values
-            near = (each[plan.span, : plan.mask.shape[3]].transpose(1, 2) for each in (all_keys, all_values))
-            mask = plan.mask[plan.span] if len(asked) > 1 else None  # one alone sees all its keys
-            attended = scaled_dot_product_attention(asked[:, :, None], *near, attn_mask=mask, **options)
+            theirs = plan.span, slice(plan.mask.shape[3])
+            attended = scaled_dot_product_attention(
+                asked[:, :, None],
+                all_keys[theirs].transpose(1, 2),
+                all_values[theirs].transpose(1, 2),
+                attn_mask=plan.mask[plan.span] if len(asked) > 1 else None,  # one alone sees all its keys
+                **options,
+            )
             return attended[None, :, :, 0].to(query.dtype)
         out = torch.empty_like(asked)
         if plan.alone:

@@ -45,19 +45,32 @@ def deploy(path: str, dashboard: str = "") -> str:
         refuse_unknown(given, ServeApplicationSchema, f"{path}, applications.{number}")
         checked(Deployed, given.get("args", {}), f"{path}, applications.{number}.args")
     schema = checked(ServeDeploySchema, told, path)
-    options = {"host": "127.0.0.1", **told.get("http_options", {})}
+    options = {"host": "127.0.0.1", "port": 8000, **told.get("http_options", {})}
     if dashboard:
-        deploy_through(dashboard, {"logging_config": QUIET, **told, "http_options": options})
+        deploy_through(dashboard, {"logging_config": QUIET, **told, "http_options": options}, path)
     else:
         serve.start(http_options=options, logging_config=QUIET)
         client = _get_global_client()
+        refuse_other_options(client.get_serve_details(), options, path)
         client.deploy_apps(schema, _blocking=True)
-    return f"http://{options['host']}:{options.get('port', 8000)}"
+    return f"http://{options['host']}:{options['port']}"
 
 
-def deploy_through(dashboard: str, config: dict[str, Any]) -> None:
+def refuse_other_options(details: dict[str, Any], options: dict[str, Any], path: str) -> None:
+    """Serve listens where it began to, and disregards what a later file says of it."""
+    running = details.get("http_options") or {}
+    for name, value in options.items():
+        if name in running and running[name] != value:
+            raise OwlError(
+                f"{path}, http_options.{name}: {value!r}, but Serve runs there with {running[name]!r}, and keeps it "
+                "for as long as it runs; write that, or end it first (serve shutdown)"
+            )
+
+
+def deploy_through(dashboard: str, config: dict[str, Any], path: str) -> None:
     try:
         client = ServeSubmissionClient(dashboard)
+        refuse_other_options(client.get_serve_details(), config["http_options"], path)
         client.deploy_applications(config)
     except (ConnectionError, RuntimeError) as error:
         raise OwlError(f"{dashboard} did not take the file: {str(error).strip().splitlines()[0]}") from None
