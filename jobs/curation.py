@@ -135,9 +135,14 @@ def diff(
         Console().print(table)
         for side, shards in (("before", result["only_before"]), ("after", result["only_after"])):
             if shards:
-                Console().print(f"{len(shards)} raw shards only in {side}: {shards[0]} …", highlight=False)
+                more = " …" if shards[1:] else ""
+                Console().print(f"{counted(len(shards))} only in {side}: {shards[0]}{more}", highlight=False)
 
     finish(result, as_json, show)
+
+
+def counted(shards: int) -> str:
+    return f"{shards:,} raw {'shard' if shards == 1 else 'shards'}"
 
 
 @app.command()
@@ -180,7 +185,7 @@ def rollback(
     def show() -> None:
         console.print(
             f"{out} is at version {told['version']}, which is version {to} again: {told['kept']:,} samples; "
-            f"{told['withdrawn']:,} raw shards are withdrawn"
+            f"{counted(told['withdrawn'])} withdrawn"
         )
 
     finish(told, as_json, show)

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
@@ -282,7 +283,7 @@ def running(
     """Deploys, yields the endpoint's address, and takes it down. Raises OwlError where the port is taken, or where this
     Ray serves already: its port would stay what it is."""
     app = build(model, settings, made, replica)
-    if any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
+    if serves():
         raise OwlError("Ray Serve runs on this cluster already; end it with `serve shutdown`, or use another cluster")
     port = free_port(settings.host, settings.port)
     serve.start(http_options={"host": settings.host, "port": port}, logging_config=QUIET)
@@ -291,6 +292,14 @@ def running(
         yield f"http://{settings.host}:{port}"
     finally:
         serve.shutdown()
+        until = time.monotonic() + 60
+        while serves() and time.monotonic() < until:  # Serve itself stops waiting after half a minute
+            time.sleep(0.5)
+
+
+def serves() -> bool:
+    """Whether this Ray serves something."""
+    return any(actor["name"] == CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True))
 
 
 def refuse_no_model(model: str) -> None:
