@@ -85,7 +85,7 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
             taken(page, "ray-dashboard")
             every_panel_has_data(page, prometheus, "owl-curation")
             assert job.result()["kept"] > 8000
-            taken(page, "board-curation", whole=True)
+            taken(page, "board-curation", whole=True, after=20)
         page.goto(f"file://{tmp_path}/out/pairs/report.html")
         taken(page, "report-curation")
 
