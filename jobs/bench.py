@@ -125,7 +125,8 @@ def feed(
     pictures: Annotated[int, typer.Option("--pictures", help="How many.")] = 2000,
     repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
 ) -> None:
-    """Samples a second that training is fed with, beside Ray Data, webdataset and plain reading of the same files."""
+    """Samples a second that training is fed with, beside Ray Data, webdataset (which is to be installed) and plain
+    reading of the same files."""
     from jobs.bench_training import measure_feed
     from jobs.session import ray_session
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,7 @@ from pipelines.curation.decode import Pictures
 from pipelines.curation.export import export
 from pipelines.curation.options import Curation
 from pipelines.records import CURATED, caption_messages
+from pipelines.settings import OwlError
 from pipelines.training.dataset import Dataset
 from pipelines.training.feed import Feed, Looks
 from pipelines.training.order import Order
@@ -114,7 +116,9 @@ WAYS: dict[str, Callable[[dict[str, str], OwlProcessor], Iterator[Any]]] = {
 
 def measure_feed(folder: str, pictures: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Samples a second of each way, and seconds to the first batch: medians over ``repeats`` turns, taken in rotation
-    after one that does not count."""
+    after one that does not count. Raises OwlError where webdataset is not installed."""
+    if find_spec("webdataset") is None:
+        raise OwlError("one of the ways is PyTorch's DataLoader over webdataset: pip install webdataset")
     torch.set_num_threads(1)
     places = prepared(folder, pictures)
     processor = OwlProcessor.from_pretrained(places["owl"])
