@@ -284,6 +284,29 @@ def test_remote_shards_are_copied_ahead_checked_and_held_to_a_size(datasets, pro
     files.rm("/bucket", recursive=True)
 
 
+def test_a_shard_that_is_removed_before_it_is_opened_is_copied_again(datasets, tmp_path, monkeypatch):
+    """As another worker may do at any moment; one that never stays is told of."""
+    files, plain = storage.filesystem("memory://other/pairs")
+    files.put(f"{datasets['pairs']}/", plain, recursive=True)
+    name, *_ = storage.listing("memory://other/pairs/shards", ".arrow")
+    cache, left = Cache(1 << 30, f"{tmp_path}/cache"), 3
+    utime = os.utime
+
+    def too_late(path) -> None:
+        nonlocal left
+        if left > 0:
+            os.unlink(path)
+        left -= 1
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", too_late)
+    assert cache.table(name, None).equals(storage.read_arrow(name))
+    left = 1000
+    with pytest.raises(OwlError, match="raise cache_gigabytes"):
+        cache.table(name, None)
+    files.rm("/other", recursive=True)
+
+
 def test_lower_layers_of_the_vision_encoder_learn_slower(owl):
     stages.prepare(owl, stages.STAGES["stage1"], stages.Lora())
     settings = Optimization(learning_rate=1.0, layer_decay=0.5)

@@ -8,8 +8,12 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+
 from pipelines import storage
 from pipelines.settings import OwlError
+
+TRIES = 16
 
 
 class Cache:
@@ -27,17 +31,20 @@ class Cache:
         if "://" in path and path not in self.coming:
             self.coming[path] = self.copying.submit(self.copy, path, sha256)
 
-    def local(self, path: str, sha256: str | None) -> str:
-        """Where to open a file. Raises OwlError where its content is not what ``sha256`` says."""
+    def table(self, path: str, sha256: str | None) -> pa.Table:
+        """A file's rows, memory-mapped. Raises OwlError where its content is not what ``sha256`` says, or where it is
+        removed again and again before it can be opened."""
         if "://" not in path:
-            return path
-        self.fetch_ahead(path, sha256)
-        found = self.coming[path].result()
-        if not os.path.exists(found):  # another worker made room
-            self.coming[path] = self.copying.submit(self.copy, path, sha256)
+            return storage.open_arrow(path).read_all()
+        for _ in range(TRIES):
+            self.fetch_ahead(path, sha256)
             found = self.coming[path].result()
-        os.utime(found)
-        return found
+            try:
+                os.utime(found)
+                return storage.open_arrow(found).read_all()
+            except FileNotFoundError:  # another file, or another worker, needed its room
+                del self.coming[path]
+        raise OwlError(f"{path} did not stay in the cache until it was opened, {TRIES} times: raise cache_gigabytes")
 
     def copy(self, path: str, sha256: str | None) -> str:
         name = hashlib.sha256(f"{path} {sha256}".encode()).hexdigest()

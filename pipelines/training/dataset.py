@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipelines import storage
 from pipelines.curation import ledger
 from pipelines.records import CURATED
 from pipelines.settings import OwlError
@@ -80,7 +79,7 @@ class Dataset:
 
     def open(self, shard: Shard) -> tuple[pa.Table, np.ndarray]:
         """A shard's rows, and which of them are selected. Raises OwlError where these are not those of the manifest."""
-        table = storage.open_arrow(self.cache.local(*self.file_of(shard))).read_all()
+        table = self.cache.table(*self.file_of(shard))
         left_out = ledger.selected_rows(shard.folder, shard.name)
         rows = np.arange(len(table))
         selected = rows if left_out is None else np.setdiff1d(rows, left_out.to_numpy())
