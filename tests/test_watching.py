@@ -21,7 +21,7 @@ from jobs.demo import put_together
 from jobs.recipes import load
 from jobs.world.shards import World
 
-WORLD = World(pairs=9000, instructions=300, texts=300, questions=60, shards=90, seed=3)
+WORLD = World(pairs=27000, instructions=300, texts=300, questions=60, shards=180, seed=3)
 BOARDS = Path(__file__).parents[1] / "cluster/grafana"
 pytestmark = [
     pytest.mark.slow,
@@ -84,8 +84,8 @@ def test_every_panel_has_data_while_the_work_is_done(chromium, model_folder, tmp
             page.get_by_text("RUNNING").first.wait_for(timeout=120_000)
             taken(page, "ray-dashboard")
             every_panel_has_data(page, prometheus, "owl-curation")
-            assert job.result()["kept"] > 8000
-            taken(page, "board-curation", whole=True, after=20)
+            assert job.result()["kept"] > 26000
+            taken(page, "board-curation", whole=True, after=10)
         page.goto(f"file://{tmp_path}/out/pairs/report.html")
         taken(page, "report-curation")
 
