@@ -51,7 +51,7 @@ s3-server: .s3/ready
 
 # A browser for the tests of pages: the system's Chromium, which Debian installs, else playwright's.
 browser: setup
-	@$(PIP) install --constraint constraints.txt playwright 2>&1 | grep -v '^WARNING: Location' || true
+	@$(PIP) install --constraint constraints.txt playwright
 	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
 	  || $(BIN)/playwright install --with-deps chromium
 

@@ -87,9 +87,9 @@ class Slots:
             last = torch.zeros(int(slots.max()) + 1, dtype=torch.long)
             last[slots] = ends
             mask = (torch.arange(int(ends.max()) + 1) <= last[:, None])[:, None, None]
-        span = None
-        if together and not alone and all(piece.slot == slots[0] + row for row, piece in enumerate(together)):
-            span = slice(int(slots[0]), int(slots[-1]) + 1)
+        order, span = slots.tolist(), None
+        if order and not alone and order == list(range(order[0], order[-1] + 1)):
+            span = slice(order[0], order[-1] + 1)
         rows = torch.tensor([piece.first for piece in together], dtype=torch.long)
         return Plan(alone, rows, slots, ends, mask, span)
 

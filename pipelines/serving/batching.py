@@ -69,13 +69,12 @@ class Decoder(PreTrainedModel, GenerationMixin):
         ids = self.pictures.plain(input_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if plan is not None and self.slots is not None:
-            seen = self.adaptive and bool((ids >= self.pictures.first).any())
-            if self.compiled is not None and not self.adapter_of and not seen:
+            plain = not (self.adapter_of or (self.adaptive and (ids >= self.pictures.first).any()))
+            if self.compiled is not None and plain:
                 step = Paged(kwargs["cache"], plan, self.slots, kwargs["read_index"], kwargs["write_index"])
                 kept = torch.arange(ids.shape[1])[keep]
-                return CausalLMOutput(
-                    logits=self.compiled(self.pictures(ids), kwargs["position_ids"], kept, step.attend)
-                )
+                logits = self.compiled(self.pictures(ids), kwargs["position_ids"], kept, step.attend)
+                return CausalLMOutput(logits=logits)
             kwargs |= {"plan": plan, "held": self.slots}
         if self.adaptive:
             kwargs["rows"] = sort_rows(ids >= self.pictures.first)
