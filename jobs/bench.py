@@ -224,6 +224,46 @@ def engines(
 
 
 @app.command()
+def step(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the datasets that are made.")],
+    recipe: RecipeName = "owl_stage1_tiny",
+    steps: Annotated[int, typer.Option("--steps", help="Steps that count.")] = 10,
+    set: Overrides = None,
+) -> None:
+    """A step of a recipe's stage, with random weights: samples and tokens a second, operations as a share of what the
+    device's matrices reach, memory beside what `owl doctor` predicts."""
+    from jobs.bench_papers import measure_step
+    from jobs.session import ray_session
+
+    stage = recipe_of(recipe, None).train
+    if not stage:
+        raise OwlError(f"recipe {recipe} is of no single stage")
+    chosen = recipe_of(recipe, set, stage.removeprefix("owl2_"))
+    with ray_session():
+        print(json.dumps(measure_step(str(folder), recipe, chosen, steps)), flush=True)
+
+
+@app.command()
+def tokens(
+    preset: Annotated[str, typer.Option("--preset", help="The model's shape: tiny, owl1_7b, owl2_7b.")] = "owl1_7b",
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "bf16",
+    clients: Annotated[list[int] | None, typer.Option("--clients", help="Requests at once. Repeatable.")] = None,
+    words: Annotated[int, typer.Option("--words", help="Tokens of a prompt.")] = 128,
+    new: Annotated[int, typer.Option("--new", help="Tokens of an answer.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Turns of each; the median counts.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile", help="With room.compile.")] = False,
+) -> None:
+    """The built-in engine at a paper's shape, with random weights: time to the first token, with and without a picture,
+    and to each later one, beside the time that the device takes to read what it must."""
+    from jobs.bench_papers import DTYPES, measure_engine
+
+    if precision not in DTYPES:
+        raise OwlError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+    for result in measure_engine(preset, precision, clients or [1, 8, 32], words, new, repeats, compiled):
+        print(json.dumps(result), flush=True)
+
+
+@app.command()
 def nodes(
     most: Annotated[int, typer.Option("--nodes", help="Nodes at the end; each takes about 0.2 GB.")] = 16,
     tasks: Annotated[int, typer.Option("--tasks", help="Tasks at each size.")] = 2000,

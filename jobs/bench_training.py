@@ -39,20 +39,27 @@ LENGTH = 128
 
 
 def prepared(folder: str, pictures: int) -> dict[str, str]:
-    """Curated pictures of 224 px on the shorter side, as Arrow, Parquet and WebDataset, and a processor."""
-    raw, arrow = f"{folder}/raw", f"{folder}/arrow"
-    if not Path(raw).exists():
-        write_set(raw, pictures)
-    curate([raw], arrow, Curation(pictures=Pictures(short_side=224), deduplication=None))
+    """The same pictures as Arrow, Parquet and WebDataset, and a processor."""
+    arrow = pairs(folder, pictures)
     for form in ("parquet", "webdataset"):
         if not Path(f"{folder}/{form}").exists():
             export(arrow, f"{folder}/{form}", form, megabytes=16)
-    words = "the old man in a red coat with two small dogs on street near market by river under morning light"
-    write_tiny_language_model([words], f"{folder}/language")
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     parts = Parts(vision={**shape, "image_size": 224}, language_model=f"{folder}/language", abstractor=shape)
     assemble(parts.model_copy(update={"template": "plain"}), f"{folder}/owl")
     return {name: f"{folder}/{name}" for name in ("arrow", "parquet", "webdataset", "owl")}
+
+
+def pairs(folder: str, pictures: int) -> str:
+    """Curated pictures of 224 px on the shorter side, as Arrow, and a language model of their words; what is there
+    stays."""
+    raw, arrow = f"{folder}/raw", f"{folder}/arrow"
+    if not Path(f"{arrow}/manifest.json").exists():
+        write_set(raw, pictures)
+        curate([raw], arrow, Curation(pictures=Pictures(short_side=224), deduplication=None))
+    words = "the old man in a red coat with two small dogs on street near market by river under morning light"
+    write_tiny_language_model([words], f"{folder}/language")
+    return arrow
 
 
 def tensors(processor: OwlProcessor, data: list[bytes], captions: list[str]) -> dict[str, torch.Tensor]:

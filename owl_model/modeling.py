@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from owl_model import official
+from owl_model import official, packed
 from owl_model.abstractor import OwlAbstractor
 from owl_model.adaptive import make_adaptive, sort_rows
 from owl_model.config import OwlAbstractorConfig, OwlConfig, OwlVisionConfig, vision_width
@@ -151,6 +151,8 @@ class OwlModel(OwlPreTrainedModel):
         elif self.config.modality_adaptive and "rows" not in kwargs:
             raise ValueError("a modality-adaptive model needs input_ids or rows, to know which rows are visual")
         kwargs.pop("return_dict", None)
+        if position_ids is not None and self.language_model.config._attn_implementation == packed.NAME:
+            kwargs |= packed.cuts_of(position_ids)
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

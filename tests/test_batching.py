@@ -22,6 +22,7 @@ from pipelines.serving import attention
 from pipelines.serving.batching import Batching, Decoder
 from pipelines.serving.compiled import Compiled
 from pipelines.serving.engine import Ask, Busy, Picture, Sampling, Unfit
+from pipelines.serving.graphs import Graphs
 from pipelines.serving.models import digest
 from pipelines.serving.options import Room
 from pipelines.serving.sampling import grammar_of, gumbel, keep_likeliest
@@ -81,19 +82,25 @@ class Asking:
         return [token for step in steps for token in step.tokens], [fact for step in steps for fact in step.told]
 
 
-def parity(owl, processor, count: int, room: Room = ROOM) -> None:
-    """Prompts with 0 to 4 pictures, which share some, arriving one after another."""
+def parity(owl, processor, count: int, room: Room = ROOM, graphs: str = "") -> None:
+    """Prompts with 0 to 4 pictures, which share some, arriving one after another. With ``graphs``, "plain" or
+    "compiled", next tokens are computed as a GPU's graphs do, uncaptured."""
     held = [png(seed) for seed in range(6)]
     jobs = [(asked(n, n % 5), [held[(n + k) % 6] for k in range(n % 5)], 4 + n % 9) for n in range(count)]
     wanted = [expected(owl, processor, *job) for job in jobs]
 
     async def run() -> None:
         asking = Asking(owl, processor, room.model_copy(update={"queue": count}))
+        if graphs:
+            decoder = asking.engine.decoder
+            parts = decoder.model, decoder.lm_head, decoder.pictures.words, decoder.slots
+            decoder.graphs = Graphs(*parts, graphs == "compiled", forbidden=asking.engine.choice.forbidden.tolist())
         try:
             made = await asyncio.gather(*(asking.ask(*job, delay=0.01 * n) for n, job in enumerate(jobs)))
         finally:
             asking.engine.stop()
         assert [tokens for tokens, _ in made] == wanted
+        assert not graphs or decoder.graphs.foreseen
         assert (await asking.engine.stats())["pictures_encoded"] == len(held)
 
     asyncio.run(run())
@@ -101,6 +108,37 @@ def parity(owl, processor, count: int, room: Room = ROOM) -> None:
 
 def test_tokens_equal_generate(pair):
     parity(*pair, count=24)
+
+
+@pytest.mark.parametrize("graphs", ["plain", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_gpus_next_tokens_equal_generate(pair, graphs):
+    torch._dynamo.reset()
+    parity(*pair, count=24, graphs=graphs)
+
+
+def test_steps_begun_ahead_are_used_where_they_were_right(pair):
+    """Greedy answers are foreseen but for their first steps; where the likeliest token is not taken, nothing is."""
+    owl, processor = pair
+    greedy, drawn = Sampling(ignore_end=True), Sampling(ignore_end=True, temperature=1.0, seed=1)
+
+    async def run(sampling: Sampling, ahead: bool) -> tuple[list, int]:
+        asking = Asking(owl, processor)
+        decoder = asking.engine.decoder
+        if ahead:
+            parts = decoder.model, decoder.lm_head, decoder.pictures.words, decoder.slots
+            decoder.graphs = Graphs(*parts, False, forbidden=asking.engine.choice.forbidden.tolist())
+        try:
+            made = await asyncio.gather(*(asking.ask(asked(n, 0), [], 30, sampling) for n in range(3)))
+        finally:
+            asking.engine.stop()
+        return made, decoder.graphs.foreseen if ahead else 0
+
+    for sampling, at_least in ((greedy, 10), (drawn, 0)):
+        plain, _ = asyncio.run(run(sampling, ahead=False))
+        made, foreseen = asyncio.run(run(sampling, ahead=True))
+        assert made == plain
+        assert foreseen >= at_least
+        assert at_least or not foreseen
 
 
 @pytest.mark.slow

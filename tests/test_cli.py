@@ -289,3 +289,20 @@ def test_doctor_says_what_is_missing_and_what_to_change():
     assert "micro_batch=8" in checks["memory"]["change"]
     assert "no curated dataset" in checks["data nowhere"]["found"]
     assert "parts.language_model names no folder" in checks["start"]["found"]
+
+
+# --- bench tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_tokens_times_the_engine(owl_command):
+    """At a shape that this machine can hold; a GPU takes the papers'."""
+    options = ("--preset", "tiny", "--precision", "fp32", "--clients", 2, "--words", 40, "--new", 4, "--repeats", 1)
+    done = owl_command("bench", "tokens", *options)
+    assert done.returncode == 0
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert told[0]["clients"] == 2
+    assert told[0]["TPOT ms"]["p50"] > told[0]["bound ms"] > 0
+    assert [row["with one picture"] for row in told if "with one picture" in row] == [
+        "first asked about",
+        "asked about again",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pipelines import storage
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH = 60, 8
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def start(stage: str, run: str, data: dict[str, str], model: str, workers: int, environment: dict, log: Path):
@@ -39,13 +41,23 @@ def start(stage: str, run: str, data: dict[str, str], model: str, workers: int, 
         "lora.dropout": 0,
         "optimization.optimizer": "adamw",
         "optimization.learning_rate": 1e-4,
-        "max_failures": 2,
+        "max_failures": 4,
     }
     command = [sys.executable, "-m", "jobs.cli", "train", stage, "--recipe", "demo", "--start", model, "--run", run]
     command += [part for name in ("text", "instructions") for part in ("--data", data[name])]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     with open(f"{log}-{time.time():.0f}.txt", "w") as errors:
         return subprocess.Popen(command, env=os.environ | environment, stderr=errors)
+
+
+def curated(world, folder: Path) -> dict[str, str]:
+    from pipelines.curation.curate import curate
+    from pipelines.curation.options import Curation
+
+    data = {part: f"{folder}/{part}" for part in ("instructions", "text")}
+    for part, target in data.items():
+        curate([f"{world}/raw/{part}"], target, Curation(deduplication=None))
+    return data
 
 
 def keys_of(run: str) -> dict[int, list[str]]:
@@ -75,9 +87,17 @@ def wait_for_step(run: str, step: int, driver: subprocess.Popen) -> None:
     raise TimeoutError(f"step {step} did not come")
 
 
+def workers_of(driver: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for each in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in "".join(each.cmdline()[:1]):
+                found.append(each)
+    return found
+
+
 def kill_worker(driver: subprocess.Popen) -> None:
-    family = psutil.Process(driver.pid).children(recursive=True)
-    workers = [each for each in family if "RayTrainWorker" in "".join(each.cmdline()[:1])]
+    workers = workers_of(driver)
     assert len(workers) == 2
     workers[1].kill()
 
@@ -86,13 +106,7 @@ def kill_worker(driver: subprocess.Popen) -> None:
 def test_killed_and_resumed_elsewhere_equals_left_alone(stage, cluster, world, model_folder, tmp_path, monkeypatch):
     """60 steps straight, on two workers, from disk; and with a worker killed after 20, the driver after 40, the rest on
     one worker, with data, run and checkpoints on an S3 server."""
-    from pipelines.curation.curate import curate
-    from pipelines.curation.options import Curation
-
-    data = {part: f"{tmp_path}/{part}" for part in ("instructions", "text")}
-    for part, folder in data.items():
-        curate([f"{world}/raw/{part}"], folder, Curation(deduplication=None))
-    environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
+    data, environment = curated(world, tmp_path), dict(ENVIRONMENT)
     calm = f"{tmp_path}/calm"
     assert start(stage, calm, data, model_folder, 2, environment, tmp_path / "log").wait() == 0
     with s3_server(tmp_path / "s3") as server:
@@ -127,3 +141,20 @@ def test_killed_and_resumed_elsewhere_equals_left_alone(stage, cluster, world, m
     for name, value in OwlForConditionalGeneration.from_pretrained(f"{calm}/model").state_dict().items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
     assert len(kept) <= 6  # two that stay, and those that a killed driver had not heard of
+
+
+def test_a_worker_that_dies_while_its_group_starts_is_replaced(cluster, world, model_folder, tmp_path):
+    """At its first breath, and a little later, and later still."""
+    data = curated(world, tmp_path)
+    driver = start("stage1", f"{tmp_path}/run", data, model_folder, 1, ENVIRONMENT, tmp_path / "log")
+    seen: set[int] = set()
+    for later in (0.0, 0.7, 2.0):
+        while not (fresh := [each for each in workers_of(driver) if each.pid not in seen]):
+            assert driver.poll() is None
+            time.sleep(0.02)
+        time.sleep(later)
+        seen |= {each.pid for each in fresh}
+        for each in fresh:
+            each.kill()
+    assert driver.wait() == 0
+    assert sorted(keys_of(f"{tmp_path}/run")) == list(range(1, STEPS + 1))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig
 
 from owl_model import OwlAbstractorConfig, OwlConfig, OwlForConditionalGeneration, OwlVisionConfig
+from owl_model.packed import cuts_of
 from pipelines import storage
 from pipelines.curation.curate import curate
 from pipelines.curation.options import Curation
@@ -222,6 +223,13 @@ def test_packed_samples_do_not_see_each_other(pair, datasets, checkpointing):
     torch.testing.assert_close(packed_losses, losses, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_cuts_are_where_samples_begin():
+    """What a GPU's attention of packed rows is given, in place of a mask; the padding is one sample more."""
+    found = cuts_of(torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]))
+    assert found["cuts"].tolist() == [0, 3, 5, 6, 8, 12]
+    assert found["longest"] == 4
 
 
 def test_packing_is_refused_where_samples_would_see_each_other(processor):

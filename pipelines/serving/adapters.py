@@ -117,7 +117,7 @@ class Adapters:
         if self.now.split is None or copy not in ("0", "1"):
             return some
         given = self.now.split.text if copy == "0" else self.now.split.image
-        first, end = torch.searchsorted(given, torch.tensor([some.start, some.stop])).tolist()
+        first, end = torch.searchsorted(given, given.new_tensor([some.start, some.stop])).tolist()
         return slice(first, end)
 
     @contextmanager

@@ -1,16 +1,18 @@
-"""Attention for continuous batching on the CPU.
+"""Attention for continuous batching.
 
 transformers packs the requests of a batch into one sequence, builds a mask of all queries by all keys, and gathers
 every request's keys and values in every layer, at every token. Here a prompt attends by itself, to its own pages; and
 the keys and values of requests that are being answered lie once more side by side, so that all their next tokens attend
-in one call, and nothing is gathered. They are held in fp32: one query against them in bf16 takes six to eight times as
-long.
+in one call, and nothing is gathered. On a CPU they are held in fp32: one query against them in bf16 takes six to eight
+times as long.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "owl_paged"
+CPU = torch.device("cpu")
 
 
 class Piece(NamedTuple):
@@ -34,29 +37,59 @@ class Piece(NamedTuple):
     """Where its keys and values lie once more."""
 
 
-class Plan(NamedTuple):
+@dataclass
+class Plan:
     """A step, for all its layers."""
 
     alone: list[Piece]
     """Prompts, and what has no slot: each attends by itself."""
-    rows: torch.Tensor
-    """[R] of the packed queries: the next tokens, which attend together."""
-    slots: torch.Tensor
-    """[R]"""
-    ends: torch.Tensor
-    """[R]: the last place of each one's keys, where its own go."""
-    mask: torch.Tensor | None
-    """[S, 1, 1, K]: which keys each slot has."""
-    span: slice | None = None
-    """The slots, where there are next tokens only and their rows come in the order of slots that follow each other."""
+    together: list[Piece]
+    """The next tokens of requests that have a slot: they attend in one call."""
+    device: torch.device
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """[R] of the packed queries: the next tokens."""
+        return self.numbers([piece.first for piece in self.together])
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[R]"""
+        return self.numbers([piece.slot for piece in self.together])
+
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """[R]: the last place of each one's keys, where its own go."""
+        return self.numbers([piece.high - piece.low - 1 for piece in self.together])
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """[S, 1, 1, K]: which keys each slot has."""
+        if not self.together:
+            return None
+        last = self.ends.new_zeros(int(self.slots.max()) + 1)
+        last[self.slots] = self.ends
+        return (torch.arange(int(self.ends.max()) + 1, device=self.device) <= last[:, None])[:, None, None]
+
+    @cached_property
+    def span(self) -> slice | None:
+        """The slots, where there are next tokens only and their rows come in the order of slots that follow each
+        other."""
+        order = [piece.slot for piece in self.together if piece.slot is not None]
+        first, end = (order[0], order[0] + len(order)) if order else (0, 0)
+        return slice(first, end) if order and not self.alone and order == list(range(first, end)) else None
+
+    def numbers(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
 class Slots:
-    """Keys and values of the running requests, by layer [S, K, heads, d]; a slot is a request's own until it leaves."""
+    """Keys and values of the running requests, by layer [S, K + 1, heads, d]; a slot is a request's own until it
+    leaves. The last place is nobody's."""
 
-    def __init__(self, requests: int, tokens: int):
+    def __init__(self, requests: int, tokens: int, device: torch.device = CPU):
         """``tokens`` are held at most, over all slots, as many as the slots' longest has in each."""
-        self.free, self.tokens = list(range(requests)), tokens
+        self.free, self.tokens, self.device = list(range(requests)), tokens, device
         self.of: dict[str, int] = {}
         self.filled: dict[int, int] = {}
         """Slot → how many tokens it holds, in every layer."""
@@ -79,19 +112,8 @@ class Slots:
         longest = max((piece.high - piece.low for piece in (*alone, *together)), default=0)
         if longest * (1 + max(self.of.values(), default=0)) > self.tokens:
             self.filled.clear()
-            return Plan([*alone, *together], *(torch.zeros(0, dtype=torch.long),) * 3, None)
-        slots = torch.tensor([piece.slot for piece in together], dtype=torch.long)
-        ends = torch.tensor([piece.high - piece.low - 1 for piece in together], dtype=torch.long)
-        mask = None
-        if together:
-            last = torch.zeros(int(slots.max()) + 1, dtype=torch.long)
-            last[slots] = ends
-            mask = (torch.arange(int(ends.max()) + 1) <= last[:, None])[:, None, None]
-        order, span = slots.tolist(), None
-        if order and not alone and order == list(range(order[0], order[-1] + 1)):
-            span = slice(order[0], order[-1] + 1)
-        rows = torch.tensor([piece.first for piece in together], dtype=torch.long)
-        return Plan(alone, rows, slots, ends, mask, span)
+            return Plan([*alone, *together], [], self.device)
+        return Plan(alone, together, self.device)
 
     def slot(self, name: str) -> int | None:
         if name not in self.of and self.free:
@@ -106,14 +128,17 @@ class Slots:
     def layer(self, number: int, slots: int, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values, with room for so many slots of so many tokens; ``like`` [places, heads, d]."""
         held = self.held.get(number)
-        if held is None or held[0].shape[0] < slots or held[0].shape[1] < length:
-            before = held[0].shape[:2] if held else (0, 0)
-            length = max(before[1], min(max(64, 2 * length), self.tokens // max(1, slots)), length)
-            larger = tuple(like.new_zeros(max(before[0], slots), length, *like.shape[1:]) for _ in range(2))
+        if held is None or held[0].shape[0] < slots or held[0].shape[1] <= length:
+            before = held[0].shape[1] - 1 if held else 0
+            slots = max(slots, 1 + max(self.of.values(), default=0))
+            length = max(length, min(max(64, 2 * length, before), self.tokens // slots))
+            other = tuple(like.new_zeros(slots, length + 1, *like.shape[1:]) for _ in range(2))
             if held:
-                for old, new in zip(held, larger, strict=True):
-                    new[: before[0], : before[1]] = old
-            held = self.held[number] = (larger[0], larger[1])
+                both = slice(min(len(held[0]), slots)), slice(min(before, length))
+                for old, new in zip(held, other, strict=True):
+                    new[both] = old[both]
+            held = self.held[number] = (other[0], other[1])
+            self.filled = {slot: tokens for slot, tokens in self.filled.items() if tokens <= length}
         return held
 
 
@@ -129,10 +154,13 @@ def paged_attention(
     plan: Plan | None = None,
     held: Slots | None = None,
     compiled: int | None = None,
+    next_tokens: Any = None,
     **kwargs,
 ):
     """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged cache.
-    ``compiled`` is of a step that compiled.py computes."""
+    ``compiled`` is of a step that compiled.py computes, ``next_tokens`` of one of graphs.py."""
+    if next_tokens is not None:
+        return next_tokens.attend(query, key, value, module.layer_idx, scaling), None
     if compiled is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return torch.ops.owl.attend(query, key, value, module.layer_idx, scale, compiled), None
@@ -219,7 +247,7 @@ def by_itself(asked: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, opt
     rows, length = len(asked), len(keys)
     mask = None
     if 1 < rows < length:  # the first of these queries follows what is in the cache already
-        mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+        mask = torch.ones(rows, length, dtype=torch.bool, device=keys.device).tril(length - rows)
     queries, near_keys, near_values = (each.transpose(0, 1)[None] for each in (asked, keys, values))
     causal = rows == length and rows > 1
     attended = scaled_dot_product_attention(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ import torch
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.utils import stream_context
 from transformers.modeling_outputs import CausalLMOutput
 
 from owl_model import OwlForConditionalGeneration, OwlProcessor
@@ -28,6 +30,7 @@ from pipelines.serving.adapters import Adapters
 from pipelines.serving.attention import Paged, Slots
 from pipelines.serving.compiled import Compiled
 from pipelines.serving.engine import Ask, Busy, Died, Picture, Step, Unfit
+from pipelines.serving.graphs import Graphs
 from pipelines.serving.options import Room, longest_of
 from pipelines.serving.sampling import Choice, grammar_of
 from pipelines.serving.shared import Shared, There
@@ -50,9 +53,11 @@ class Decoder(PreTrainedModel, GenerationMixin):
         self.in_batch: Callable[[], Sequence[FutureRequestState]] = tuple
         """The requests of the step that is being computed, in the order of its rows."""
         self.slots: Slots | None = None
-        """For attention.py, where that is how it attends."""
+        """For attention.py."""
         self.compiled: Compiled | None = None
-        """For steps without adapters, and without pictures where these have weights of their own."""
+        """For steps without adapters, and without pictures where these have weights of their own, on a CPU."""
+        self.graphs: Graphs | None = None
+        """For steps of next tokens without adapters, on a GPU."""
         self.adapters: Adapters | None = None
         self.adapter_of: dict[str, str] = {}
         """Request → its adapter."""
@@ -64,15 +69,22 @@ class Decoder(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | int = 0, **kwargs) -> CausalLMOutput:
         """[1, L] → logits [1, L', V]"""
+        if input_ids.is_cuda:  # what a step is made of was copied on the stream of the thread
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
         requests = self.in_batch()
         plan = self.slots.plan(requests) if self.slots is not None else None
+        if plan is not None and self.graphs is not None:
+            cache = kwargs["cache"]
+            if not self.adapter_of and self.graphs.fit(plan, requests, cache):
+                return CausalLMOutput(logits=self.graphs(kwargs["write_index"][0], plan, requests, cache))
+            self.graphs.settle()
         ids = self.pictures.plain(input_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if plan is not None and self.slots is not None:
             plain = not (self.adapter_of or (self.adaptive and (ids >= self.pictures.first).any()))
             if self.compiled is not None and plain:
                 step = Paged(kwargs["cache"], plan, self.slots, kwargs["read_index"], kwargs["write_index"])
-                kept = torch.arange(ids.shape[1])[keep]
+                kept = torch.arange(ids.shape[1], device=ids.device)[keep]
                 logits = self.compiled(self.pictures(ids), kwargs["position_ids"], kept, step.attend)
                 return CausalLMOutput(logits=logits)
             kwargs |= {"plan": plan, "held": self.slots}
@@ -153,22 +165,25 @@ class Batching:
             max_batch_tokens=room.batch_tokens,
             max_requests_per_batch=room.requests,
             use_async_batching=False,
+            use_cuda_graph=False,  # graphs.py captures
         )
         plain = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=0)
         self.decoder.set_attn_implementation("sdpa")
         self.manager = self.decoder.init_continuous_batching(
             generation_config=plain, continuous_batching_config=settings
         )
-        if self.decoder.device.type == "cpu":
-            self.decoder.set_attn_implementation(attention.register())
-            self.decoder.slots = attention.Slots(room.requests, room.tokens)
-        if room.compile:
-            if self.decoder.slots is None:
-                raise OwlError("room.compile is for CPUs")
-            self.decoder.compiled = Compiled(self.decoder.model, self.decoder.lm_head)
+        self.decoder.set_attn_implementation(attention.register())
+        self.decoder.slots = attention.Slots(room.requests, room.tokens, self.decoder.device)
+        words = [token for token in self.media if token < text.vocab_size]  # some models have none there
+        parts = self.decoder.model, self.decoder.lm_head
+        if self.decoder.device.type == "cuda":
+            slots = self.decoder.slots
+            self.decoder.graphs = Graphs(*parts, self.pictures.words, slots, room.compile, words)
+        elif room.compile:
+            self.decoder.compiled = Compiled(*parts)
             aside(self.decoder.compiled.compile, text.hidden_size, owl.get_input_embeddings().weight.dtype)
         self.adapters = self.decoder.adapters = Adapters(owl)
-        self.choice = Choice(list(self.media), end, grammars)
+        self.choice = Choice(words, end, grammars)
         steps = self.manager.logit_processor
         steps.logits_processor.append(self.choice)
         steps.tensors_required += 1
@@ -182,6 +197,19 @@ class Batching:
         self.endings: set[asyncio.Task] = set()
         """Of requests that are being ended; the event loop itself does not hold its tasks."""
         self.manager.start()
+        if self.decoder.graphs is not None:
+            aside(self.warm)
+
+    def warm(self) -> None:
+        """Captures the graphs of the first steps, so that no request waits for it."""
+        while self.manager.batch_processor is None:
+            if not self.manager.is_running():
+                raise RuntimeError("the engine did not start")
+            time.sleep(0.01)
+        processor = self.manager.batch_processor
+        assert self.decoder.graphs is not None
+        with stream_context(processor.inputs_and_outputs.compute_stream):
+            self.decoder.graphs.warm(processor.cache)
 
     async def submit(self, ask: Ask) -> AsyncGenerator[Step, None]:
         """As of engine.Engine."""

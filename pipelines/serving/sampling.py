@@ -46,7 +46,9 @@ class Choice(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """[R, V] → [R, V]"""
-        scores[:, self.forbidden[self.forbidden < scores.shape[1]]] = -torch.inf  # some models have no words there
+        if self.forbidden.device != scores.device:
+            self.forbidden = self.forbidden.to(scores.device)
+        scores[:, self.forbidden] = -torch.inf
         for row, (request, sampling, made) in enumerate(self.rows):
             raw = scores[row].log_softmax(-1) if sampling.logprobs is not None else None
             self.shape(scores[row], request, sampling, made)
@@ -57,7 +59,7 @@ class Choice(ContinuousBatchingLogitsProcessor):
     def shape(self, row: torch.Tensor, request: str, sampling: Sampling, made: list[int]) -> None:
         """One row's scores [V], in place."""
         if made and (sampling.presence_penalty or sampling.frequency_penalty):
-            tokens, counts = torch.tensor(made).unique(return_counts=True)
+            tokens, counts = torch.tensor(made, device=row.device).unique(return_counts=True)
             row[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if sampling.schema_:
             self.mask(row, request, grammar_of(sampling.schema_), made)
@@ -66,7 +68,7 @@ class Choice(ContinuousBatchingLogitsProcessor):
         if sampling.temperature:
             row /= sampling.temperature
             keep_likeliest(row, sampling.top_k, sampling.top_p)
-            row += gumbel(len(row), sampling.seed, len(made))
+            row += gumbel(len(row), sampling.seed, len(made)).to(row.device)
 
     def mask(self, row: torch.Tensor, request: str, grammar: str, made: list[int]) -> None:
         """Leaves what the grammar allows next."""
@@ -81,7 +83,7 @@ class Choice(ContinuousBatchingLogitsProcessor):
             row[self.end] = 0.0
         else:
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-            row[~torch.from_numpy(bits[: len(row)].astype(bool))] = -torch.inf
+            row[~torch.from_numpy(bits[: len(row)].astype(bool)).to(row.device)] = -torch.inf
 
     def tell(self, request: str, raw: torch.Tensor, token: int, count: int) -> None:
         values, tokens = raw.topk(count)

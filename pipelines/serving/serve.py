@@ -44,7 +44,8 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine:
-    """The engine, with a model folder in it. Raises OwlError where vLLM is asked for and not there."""
+    """The engine, with a model folder in it, on a GPU where PyTorch finds one. Raises OwlError where a GPU, or vLLM, is
+    asked for and not there."""
     import torch
 
     from owl_model.answering import load
@@ -58,6 +59,8 @@ def open_engine(model: str, settings: Serving, shared: Shared | There) -> Engine
         return Vllm(model, OwlProcessor.from_pretrained(model).end_id, settings)
     from pipelines.serving.batching import Batching, aside, grammars_of
 
+    if settings.gpus_per_replica and not torch.cuda.is_available():
+        raise OwlError(f"serving.gpus_per_replica is {settings.gpus_per_replica:g}, and PyTorch finds no GPU here")
     owl, processor = aside(load, model)
     if settings.precision == "bf16":
         aside(owl.to, torch.bfloat16)

@@ -43,8 +43,9 @@ class PictureIds(nn.Module):
         self.room_of: torch.Tensor
         self.meant: torch.Tensor
         shape = (rooms, tokens, words.embedding_dim)
+        numbers = torch.zeros(0, dtype=torch.long, device=words.weight.device)
         self.register_buffer("held", words.weight.new_zeros(shape), persistent=False)
-        self.register_buffer("room_of", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("room_of", numbers, persistent=False)
         self.numbers: dict[str, int] = {}
         """Digest → the picture's number, for ever."""
         self.rooms: OrderedDict[int, int] = OrderedDict()
@@ -53,7 +54,7 @@ class PictureIds(nn.Module):
         self.users: dict[int, int] = {}
         self.salted: dict[tuple[str, int], int] = {}
         """Salt and token → the number of their id, for ever."""
-        self.register_buffer("meant", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("meant", numbers, persistent=False)
         self.lock = threading.Lock()
         self.encoded = self.known = 0
 

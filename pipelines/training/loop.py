@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from owl_model import OwlForConditionalGeneration, OwlProcessor
+from owl_model import OwlForConditionalGeneration, OwlProcessor, packed
 from owl_model.chat import Encoded
 from owl_model.conversion import resize_pictures
 from pipelines import storage
@@ -34,28 +34,16 @@ def work(config: dict[str, Any]) -> None:
     trains = settings.trains(config["stage"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     torch.manual_seed(settings.seed)
 
     # 1. The model, with what trains unfrozen.
     owl, processor = open_model(config["start"], settings.image_size)
     if settings.pack_tokens:
         refuse_packing(owl, processor)
-    adapted = stages.prepare(owl, trains, settings.lora)
-    stages.train_mode(owl, trains)
-    stages.freeze_in(owl, precision)
-    counts, patches = stages.count_parameters(owl), patches_of(owl)
-    if settings.checkpoint_activations:
-        stages.checkpoint_activations(owl)
-    device = ray.train.torch.get_device()
-    adapted.to(device)
-    if settings.compile_layers:
-        for layer in layers_of(adapted):
-            layer.compile()
-    sharded = settings.sharding == "weights" and world > 1
-    if sharded:
-        shard(adapted, [] if trains.vision == "trains" else list(owl.model.vision_model.parameters()))
+    device, precision = ray.train.torch.get_device(), precision_of(settings)
+    adapted, sharded = equipped(owl, trains, settings, device, world)
     optimizers = build_optimizers(adapted, settings.optimization)
+    counts, patches = stages.count_parameters(owl), patches_of(owl)
 
     # 2. Where an earlier run stopped.
     saver = Saver(run, adapted, optimizers, at_once=not settings.checkpoint_beside)
@@ -120,6 +108,34 @@ def work(config: dict[str, Any]) -> None:
             set_weights(adapted, weights)
         export(adapted, processor, f"{run}/model")
     ray.train.report({"step": step})
+
+
+def precision_of(settings: stages.Stage) -> torch.dtype:
+    return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+
+
+def equipped(
+    owl: OwlForConditionalGeneration, trains: stages.Trains, settings: stages.Stage, device: torch.device, world: int
+) -> tuple[nn.Module, bool]:
+    """The model as the step takes it: what trains unfrozen, LoRA around it, on its device, compiled and shared out
+    where asked for; and whether it is shared out."""
+    adapted = stages.prepare(owl, trains, settings.lora)
+    stages.train_mode(owl, trains)
+    stages.freeze_in(owl, precision_of(settings))
+    if settings.checkpoint_activations:
+        stages.checkpoint_activations(owl)
+    adapted.to(device)
+    language = owl.model.language_model
+    drops = getattr(language.config, "attention_dropout", 0.0)  # which that kernel does not
+    if settings.pack_tokens and device.type == "cuda" and precision_of(settings) == torch.bfloat16 and not drops:
+        language.set_attn_implementation(packed.register())
+    if settings.compile_layers:
+        for layer in layers_of(adapted):
+            layer.compile()
+    sharded = settings.sharding == "weights" and world > 1
+    if sharded:
+        shard(adapted, [] if trains.vision == "trains" else list(owl.model.vision_model.parameters()))
+    return adapted, sharded
 
 
 def feed_of(
@@ -231,7 +247,7 @@ class Frozen:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model.get_vision_features(pixels)
+        return self.model.get_vision_features(pixels.to(self.model.device, non_blocking=True))
 
 
 def export(model: nn.Module, processor: OwlProcessor, folder: str) -> None:

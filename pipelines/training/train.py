@@ -9,10 +9,13 @@ import json
 import logging
 import os
 from importlib.util import find_spec
+from itertools import count
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.train import (
     CheckpointConfig,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -55,7 +58,7 @@ def train(stage: str, settings: Stage, run: str) -> dict:
     with progress(stage, settings.steps, "steps") as counter:
         config = {"stage": stage, "settings": settings.model_dump(), "run": run, "start": start, "counter": counter}
         try:
-            fit(config, settings, run)
+            fit_again(config, settings, run)
         except TrainingFailedError as error:
             for failure in getattr(error, "worker_failures", {}).values():
                 if isinstance(failure, OwlError):
@@ -78,6 +81,19 @@ def model_folder(start: str) -> str:
         if start and storage.exists(f"{folder}/config.json"):
             return os.path.abspath(folder) if "://" not in folder else folder
     raise OwlError(f"no model folder to begin from at {start!r}: it has no config.json")
+
+
+def fit_again(config: dict[str, Any], settings: Stage, run: str) -> None:
+    """Ray Train starts again where a worker dies at its work, but gives up where one dies while its group still
+    starts."""
+    for failures in count(1):
+        try:
+            fit(config, settings, run)
+            return
+        except ControllerError as error:
+            if not isinstance(error.controller_failure, RayActorError) or failures > settings.max_failures:
+                raise
+            log.warning("a worker died while training started: %s", error.controller_failure)
 
 
 def fit(config: dict[str, Any], settings: Stage, run: str) -> None:

@@ -35,7 +35,7 @@ def validate(checkpoint: Checkpoint, *, stage: str, settings: dict, run: str, st
     with checkpoint.as_directory() as folder:
         dcp.load(state, checkpoint_id=folder, no_dist=True)
     set_weights(model, state["model"])
-    owl.eval()
+    owl.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     dataset = Dataset(chosen.validation)
     order = Order(dataset.rows, seed=0)
     count = min(chosen.validation_samples, len(order))
@@ -44,7 +44,8 @@ def validate(checkpoint: Checkpoint, *, stage: str, settings: dict, run: str, st
     total = tokens = 0.0
     with torch.no_grad():
         for batch in feed.batch(0):
-            total += owl(**batch.inputs).token_losses.double().sum().item()
+            inputs = {name: value.to(owl.device) for name, value in batch.inputs.items()}
+            total += owl(**inputs).token_losses.double().sum().item()
             tokens += batch.supervised
     step = int(storage.name_of(checkpoint.path).rpartition("_")[2])
     told = [told_of(feed, owl, position) for position in range(min(SHOWN, count))] if trains.pictures else []

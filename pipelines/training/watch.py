@@ -58,7 +58,7 @@ def operations(parameters: dict[str, dict[str, int]], tokens: int, pictures: int
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the best of some multiplications of square matrices: the peak a step is held against."""
-    side = 4096 if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 1024
     one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
