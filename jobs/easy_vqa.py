@@ -8,7 +8,7 @@ import random
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,12 @@ def asked_in(source: str, split: str) -> list[tuple[str, str]]:
     return [(qa["question"], qa["answer"]) for _, _, asked in drawings(source, split) for qa in asked]
 
 
-def write_raw(folder: Path, source: str, most: int | None = None) -> None:
-    """Raw shards: a caption a picture ("blue rectangle"), a question and its answer about a picture, and the same words
-    without pictures for the language model; ``most`` of the questions, drawn at random."""
+def write_raw(
+    folder: Path, source: str, most: int | None = None, caption: Callable[[list[dict]], str] | None = None
+) -> None:
+    """Raw shards: a caption a picture (`caption_of`, or another), a question and its answer about a picture, and the
+    same words without pictures for the language model; ``most`` of the questions, drawn at random."""
+    caption = caption or caption_of
     if (folder / "written.json").exists():
         return
     try:
@@ -84,9 +87,9 @@ def write_raw(folder: Path, source: str, most: int | None = None) -> None:
     ]
     asked = [(picture, qa) for picture, qas in samples for qa in qas]
     random.Random(0).shuffle(asked)
-    captions = [(picture, {"captions": [caption_of(qas)]}) for picture, qas in samples]
+    captions = [(picture, {"captions": [caption(qas)]}) for picture, qas in samples]
     told = [(picture, conversation(qa, picture=True)) for picture, qa in asked[:most]]
-    named = [{"question": "what is it?", "answer": caption_of(qas)} for _, qas in samples]
+    named = [{"question": "what is it?", "answer": caption(qas)} for _, qas in samples]
     words = [(None, conversation(qa, picture=False)) for qa in [qa for _, qa in asked[:most]] + named]
     rows: list[Sequence[tuple[bytes | None, dict]]] = [captions, told, words]
     for part, some in zip(PARTS, rows, strict=True):
@@ -108,6 +111,11 @@ def caption_of(asked: list[dict]) -> str:
             known += words
     colour, shape = (next((word for word in words if word in known), "") for words in (COLOURS, SHAPES))
     return f"{colour} {shape or 'shape'}".strip()
+
+
+def named_in(asked: list[dict]) -> str:
+    """What its answers name, and nothing that follows from a yes or a no: often the colour or the shape alone."""
+    return " ".join(sorted({qa["answer"] for qa in asked} - {"yes", "no"})) or "shape"
 
 
 def conversation(qa: dict, picture: bool) -> dict:
