@@ -255,10 +255,11 @@ def tokens(
 ) -> None:
     """The built-in engine at a paper's shape, with random weights: time to the first token, with and without a picture,
     and to each later one, beside the time that the device takes to read what it must."""
-    from jobs.bench_papers import DTYPES, measure_engine
+    from jobs.bench_engines import PRECISIONS
+    from jobs.bench_papers import measure_engine
 
-    if precision not in DTYPES:
-        raise OwlError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        raise OwlError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     for result in measure_engine(preset, precision, clients or [1, 8, 32], words, new, repeats, compiled):
         print(json.dumps(result), flush=True)
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GenerationConfig
 
 from jobs.bench_curation_set import WORDS
-from jobs.bench_engines import spread
+from jobs.bench_engines import PRECISIONS, spread
 from jobs.bench_training import pairs
 from jobs.doctor import config_of, planned, training_memory
 from jobs.recipes import Recipe
@@ -35,8 +35,6 @@ from pipelines.training.loop import equipped, feed_of, precision_of
 from pipelines.training.stages import Stage
 from pipelines.training.step import build_optimizers, train_step
 from pipelines.training.watch import matrix_rate
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_here() -> torch.device:
@@ -215,7 +213,7 @@ def measure_engine(
     """The built-in engine by itself. Medians over ``repeats`` turns after one that does not count."""
     device = device_here()
     rate = reading_rate(device)
-    owl = fresh(config_of(preset), DTYPES[precision]).eval()
+    owl = fresh(config_of(preset), getattr(torch, PRECISIONS[precision])).eval()
     room = Room(tokens=max(clients) * 2 * (words + new), requests=max(clients), queue=max(clients), compile=compiled)
     began = time.monotonic()
 
