@@ -293,7 +293,7 @@ def gateway(
 
 @app.command()
 def serving(
-    url: Annotated[str, typer.Option("--url", help="An endpoint, such as http://127.0.0.1:8000.")],
+    url: Annotated[str, typer.Option("--url", help="An endpoint, such as http://127.0.0.1:8000/v1.")],
     key: Annotated[str, typer.Option("--key", envvar="OWL_API_KEY", help="Its API key.")] = "none",
     model: Annotated[str, typer.Option("--model", help="The model's name there.")] = "owl",
     rates: Annotated[list[float] | None, typer.Option("--rate", help="Requests a second. Repeatable.")] = None,

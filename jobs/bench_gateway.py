@@ -104,11 +104,11 @@ def measure(folder: str, turns: int, pictures: int) -> Iterator[dict[str, Any]]:
     for way, opened in (("one process", bare), ("Ray Serve", running(folder, settings, None, EchoReplica))):
         with opened as url:
             for clients in (1, 16):
-                load = Load(url, "none", "owl", rate=0, requests=0, pictures=0, words=20, tokens=8)
+                load = Load(f"{url}/v1", "none", "owl", rate=0, requests=0, pictures=0, words=20, tokens=8)
                 found = asyncio.run(firsts(load, clients, turns))
                 yield {"gateway": way, "clients": clients, "TTFT ms": spread(found)}
     with answering("owl", owl(sys.executable, folder, "fp32", 4, 8192)) as url:
-        load = Load(url, "none", "owl", rate=0, requests=0, pictures=1, side=448, words=120, tokens=2)
+        load = Load(f"{url}/v1", "none", "owl", rate=0, requests=0, pictures=1, side=448, words=120, tokens=2)
         new, known = asyncio.run(again(load, pictures))
         yield {"TTFT ms of a new picture": round(1000 * new, 1), "asked about again": round(1000 * known, 1)}
 

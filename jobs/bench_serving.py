@@ -21,10 +21,13 @@ import aiohttp
 import numpy as np
 from PIL import Image
 
+from pipelines.settings import OwlError
+
 
 @dataclass
 class Load:
     url: str
+    """As OpenAI's clients take it, with its /v1."""
     key: str
     model: str
     rate: float
@@ -78,7 +81,7 @@ async def ask(session: aiohttp.ClientSession, load: Load, body: dict[str, Any], 
     try:
         async with asyncio.timeout(seconds):
             headers = {"authorization": f"Bearer {load.key}"}
-            async with session.post(f"{load.url}/v1/chat/completions", json=body, headers=headers) as reply:
+            async with session.post(f"{load.url}/chat/completions", json=body, headers=headers) as reply:
                 if reply.status != 200:
                     outcome.end = f"refused {reply.status}"
                     return outcome
@@ -137,7 +140,10 @@ def measure(load: Load, ttft: float, tpot: float) -> dict[str, Any]:
     began = time.monotonic()
     outcomes = asyncio.run(run(load))
     seconds = time.monotonic() - began
+    ends = dict(Counter(one.end for one in outcomes))
     answered = [one for one in outcomes if one.end == "answer" and one.first is not None]
+    if not answered:
+        raise OwlError(f"{load.url} answered none of {load.requests} requests: {ends}")
     each = [(one.whole - (one.first or 0)) / max(1, one.tokens - 1) for one in answered]
     good = sum((one.first or 0) <= ttft and time_each <= tpot for one, time_each in zip(answered, each, strict=True))
     return {
@@ -145,7 +151,7 @@ def measure(load: Load, ttft: float, tpot: float) -> dict[str, Any]:
         "requests": load.requests,
         "pictures": load.pictures,
         "side": load.side,
-        "ends": dict(Counter(one.end for one in outcomes)),
+        "ends": ends,
         "TTFT ms": percentiles([one.first or 0 for one in answered]),
         "TPOT ms": percentiles(each),
         "E2EL ms": percentiles([one.whole for one in answered]),

@@ -78,7 +78,7 @@ async def rude(session: aiohttp.ClientSession, load: Load, body: dict) -> None:
     """A client that leaves in the midst."""
     headers = {"authorization": f"Bearer {load.key}"}
     try:
-        async with session.post(f"{load.url}/v1/chat/completions", json=body, headers=headers) as reply:
+        async with session.post(f"{load.url}/chat/completions", json=body, headers=headers) as reply:
             await reply.content.readline()
     except aiohttp.ClientError:
         pass
@@ -87,7 +87,7 @@ async def rude(session: aiohttp.ClientSession, load: Load, body: dict) -> None:
 async def slow_reader(session: aiohttp.ClientSession, load: Load, body: dict) -> None:
     headers = {"authorization": f"Bearer {load.key}"}
     try:
-        async with session.post(f"{load.url}/v1/chat/completions", json=body, headers=headers) as reply:
+        async with session.post(f"{load.url}/chat/completions", json=body, headers=headers) as reply:
             while await reply.content.read(64):
                 await asyncio.sleep(0.1)
     except aiohttp.ClientError:
@@ -96,7 +96,7 @@ async def slow_reader(session: aiohttp.ClientSession, load: Load, body: dict) ->
 
 async def storm(model: str, address: str, seconds: float) -> tuple[Counter, list[str], list[int]]:
     """What happened, what was wrong, and the gateway's memory over time."""
-    load = Load(address, SECRET, "owl", rate=3, requests=0, pictures=1, side=40, words=12, tokens=24)
+    load = Load(f"{address}/v1", SECRET, "owl", rate=3, requests=0, pictures=1, side=40, words=12, tokens=24)
     bodies = [body_of(load, number) for number in range(12)]
     found, wrong, memory = Counter[str](), [], []
     connector = aiohttp.TCPConnector(limit=0, force_close=True)

@@ -38,7 +38,7 @@ def engines(cluster: Cluster) -> list[psutil.Process]:
 
 async def follow(cluster: Cluster, address: str, secret: str) -> list[tuple[float, str, int]]:
     """(seconds, what is asked, replicas) as they change."""
-    load = Load(address, secret, "owl", rate=0, requests=0, pictures=1, side=40, words=12, tokens=100)
+    load = Load(f"{address}/v1", secret, "owl", rate=0, requests=0, pictures=1, side=40, words=12, tokens=100)
     began, seen = time.monotonic(), []
     phase = "one"
 

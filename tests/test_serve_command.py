@@ -38,6 +38,10 @@ def test_serve_answers_and_ends(model_folder, mode, tmp_path):
         listed = requests.get(f"{page[1]}/v1/models", headers={"authorization": f"Bearer {page[2]}"})
         assert listed.json()["data"][0]["id"] == "owl"
         family = psutil.Process(server.pid).children(recursive=True)
+        replicas = [process for process in family if process.cmdline()[0].startswith("ray::ServeReplica")]
+        assert bool(replicas) == (not mode)
+        ports = [each for process in replicas for each in process.net_connections("tcp") if each.status == "LISTEN"]
+        assert [each for each in ports if each.laddr.ip == "127.0.0.1"] == []  # clients' only way in is the proxy
         server.send_signal(signal.SIGINT)
         server.wait(60)
         _, alive = psutil.wait_procs(family, timeout=20)
