@@ -44,10 +44,13 @@ def asked(number: int, pictures: int) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}]
 
 
-def expected(owl, processor, messages: list[dict], pictures: list[bytes], longest: int) -> list[int]:
+def expected(owl, processor, messages: list[dict], pictures: list[bytes], longest: int, ends: bool = True) -> list[int]:
     inputs = prompt_inputs(processor, [messages], [pictures])
+    chosen = generation_config(owl, processor, max_new_tokens=longest)
+    if not ends:
+        chosen.eos_token_id = None
     with torch.no_grad():
-        made = owl.generate(**inputs, generation_config=generation_config(owl, processor, max_new_tokens=longest))
+        made = owl.generate(**inputs, generation_config=chosen)
     return made[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -148,11 +151,41 @@ def test_two_hundred_prompts_equal_generate(pair):
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_tokens(pair):
-    """All by one graph, which is there before the first request."""
+    """By two graphs, which are there before the first request."""
     torch._dynamo.reset()
     counters.clear()
     parity(*pair, count=40, room=ROOM.model_copy(update={"compile": True}))
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_who_is_answered_alone_has_a_graph_that_fits_any_slot_and_length(pair, monkeypatch):
+    owl, processor = pair
+    took, next_token = [], Compiled.next_token
+
+    def seen(self, embeds, step):
+        took.append(step.plan.together[0])
+        return next_token(self, embeds, step)
+
+    monkeypatch.setattr(Compiled, "next_token", seen)
+    torch._dynamo.reset()
+    counters.clear()
+    jobs = [(asked(0, 0), [], 20), (asked(1, 0), [], 200), (asked(2, 1), [png(0)], 40)]
+    endless = Sampling(ignore_end=True)
+
+    async def run():
+        asking = Asking(owl, processor, ROOM.model_copy(update={"compile": True}))
+        try:
+            both = await asyncio.gather(*(asking.ask(*job, endless) for job in jobs[:2]))  # the second is soon alone
+            return [*both, await asking.ask(*jobs[2], endless)]
+        finally:
+            asking.engine.stop()
+
+    made = [tokens for tokens, _ in asyncio.run(run())]
+    assert made == [expected(owl, processor, *job, ends=False) for job in jobs]
+    assert {piece.slot for piece in took} == {0, 1}
+    assert len({piece.high - piece.low for piece in took}) > 100
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.slow
@@ -163,7 +196,7 @@ def test_compiled_weights_are_packed(pair):
     decoder.set_attn_implementation(attention.register())
     counters.clear()
     with fresh_inductor_cache():
-        Compiled(decoder.model, decoder.lm_head).compile(owl.config.text_config.hidden_size, torch.bfloat16)
+        Compiled(decoder.model, decoder.lm_head).compile(owl.config.text_config, torch.bfloat16)
     assert counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > 0
 
 

@@ -131,7 +131,7 @@ def test_held_out_combinations_appear_nowhere_in_training():
         (["train", "stage9", "--data", "x", "--run", "OUT"], "unknown stage 'stage9'"),
         pytest.param(
             ["train", "stage1", "--data", "/nowhere", "--run", "OUT", "--start", "/nowhere"],
-            "no model folder to begin",
+            "no curated dataset at /nowhere",
             marks=pytest.mark.slow,
         ),
         pytest.param(

@@ -142,6 +142,28 @@ class Slots:
         return held
 
 
+class Pages(NamedTuple):
+    """The paged cache as one tensor, where a prompt's pages are found again. Of caches whose layers are all of one
+    kind."""
+
+    flat: torch.Tensor
+    """[places, heads, d]: keys and values of all layers"""
+    shifts: torch.Tensor
+    """[2 · layers]: how far each layer's keys, then its values, lie behind the place that a token is given."""
+
+    @classmethod
+    def of(cls, cache: PagedAttentionCache) -> Pages:
+        (allocator,) = cache.cache_allocators.values()
+        views = [view for layer in sorted(allocator._kv_token_views) for view in allocator._kv_token_views[layer]]
+        flat = min(views, key=lambda view: view.storage_offset())
+        shifts = [(view.storage_offset() - flat.storage_offset()) // flat.stride(0) for view in views]
+        return cls(flat, torch.tensor(shifts, device=flat.device))
+
+    def write(self, places: torch.Tensor, made: torch.Tensor) -> None:
+        """``made`` [R, 2 · layers, heads, d] at ``places`` [R]"""
+        self.flat.index_copy_(0, (places[:, None] + self.shifts).flatten(), made.flatten(0, 1))
+
+
 def paged_attention(
     module,
     query,
@@ -158,7 +180,7 @@ def paged_attention(
     **kwargs,
 ):
     """[1, heads, Q, d] → [1, Q, heads, d]; as transformers' SDPA, shown to ``watch``, where there is no paged cache.
-    ``compiled`` is of a step that compiled.py computes, ``next_tokens`` of one of graphs.py."""
+    ``compiled`` is of a step that compiled.py computes, ``next_tokens`` of next tokens there or in graphs.py."""
     if next_tokens is not None:
         return next_tokens.attend(query, key, value, module.layer_idx, scaling), None
     if compiled is not None:

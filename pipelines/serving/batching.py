@@ -85,7 +85,7 @@ class Decoder(PreTrainedModel, GenerationMixin):
             if self.compiled is not None and plain:
                 step = Paged(kwargs["cache"], plan, self.slots, kwargs["read_index"], kwargs["write_index"])
                 kept = torch.arange(ids.shape[1], device=ids.device)[keep]
-                logits = self.compiled(self.pictures(ids), kwargs["position_ids"], kept, step.attend)
+                logits = self.compiled(self.pictures(ids), kwargs["position_ids"], kept, step)
                 return CausalLMOutput(logits=logits)
             kwargs |= {"plan": plan, "held": self.slots}
         if self.adaptive:
@@ -181,7 +181,7 @@ class Batching:
             self.decoder.graphs = Graphs(*parts, self.pictures.words, slots, room.compile, words)
         elif room.compile:
             self.decoder.compiled = Compiled(*parts)
-            aside(self.decoder.compiled.compile, text.hidden_size, owl.get_input_embeddings().weight.dtype)
+            aside(self.decoder.compiled.compile, text, owl.get_input_embeddings().weight.dtype)
         self.adapters = self.decoder.adapters = Adapters(owl)
         self.choice = Choice(words, end, grammars)
         steps = self.manager.logit_processor

@@ -22,18 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from pipelines.serving.attention import Piece, Plan, Slots
+from pipelines.serving.attention import Pages, Piece, Plan, Slots
 
 FEWEST_KEYS = 256
-
-
-class Pages(NamedTuple):
-    """The paged cache as one tensor, where a prompt's pages are found again."""
-
-    flat: torch.Tensor
-    """[places, heads, d]: keys and values of all layers"""
-    shifts: torch.Tensor
-    """[2 · layers]: how far each layer's keys, then its values, lie behind the place that a token is given."""
 
 
 class NextTokens:
@@ -151,8 +142,7 @@ class Graphs:
         assert self.pages is not None
         assert now.made is not None
         assert now.logits is not None
-        places = (write[:, None] + self.pages.shifts).flatten()
-        self.pages.flat.index_copy_(0, places, now.made[:rows].flatten(0, 1))
+        self.pages.write(write, now.made[:rows])
         if max(ends) + 2 <= shape[1] and all(goes_on(request) for request in requests):
             self.begin(other, now, shape[1])
             self.ahead = Ahead(shape, other, now, slots, [end + 1 for end in ends])
@@ -206,7 +196,7 @@ class Graphs:
 
     def of(self, shape: tuple[int, int], cache: PagedAttentionCache) -> tuple[Turn, Turn]:
         """The turns for so many slots and keys."""
-        self.pages = self.pages or pages_of(cache)
+        self.pages = self.pages or Pages.of(cache)
         flat, layers = self.pages.flat, len(self.pages.shifts) // 2
         held = [self.slots.layer(layer, *shape, flat) for layer in range(layers)]
         if not self.held or held[0][0] is not self.held[0][0]:  # there was no room in them
@@ -251,11 +241,3 @@ def goes_on(request: FutureRequestState) -> bool:
     state, sampling = request.state, request.state.logit_processor_kwargs["sampling"]
     shaped = sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty or sampling.schema_
     return not shaped and len(state.generated_tokens) + 1 < state.max_new_tokens
-
-
-def pages_of(cache: PagedAttentionCache) -> Pages:
-    (allocator,) = cache.cache_allocators.values()
-    views = [view for layer in sorted(allocator._kv_token_views) for view in allocator._kv_token_views[layer]]
-    flat = min(views, key=lambda view: view.storage_offset())
-    shifts = [(view.storage_offset() - flat.storage_offset()) // flat.stride(0) for view in views]
-    return Pages(flat, torch.tensor(shifts, device=flat.device))
