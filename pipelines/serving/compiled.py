@@ -61,7 +61,7 @@ class Compiled:
 
     @torch.no_grad()
     def compile(self, text: PreTrainedConfig, dtype: torch.dtype) -> None:
-        """Takes about a minute."""
+        """Takes more than a minute."""
         embeds = torch.zeros(1, 4, text.hidden_size, dtype=dtype)
         # Weights become constants, packed for their kernels. As an option of torch.compile this is heard too late, when
         # they are inputs already.
