@@ -295,7 +295,8 @@ def running(
         yield f"http://{settings.host}:{port}"
     finally:
         # serve.shutdown() by itself waits in a call that the controller's end breaks off, which Ray tells as a failure.
-        ray.get(ray.get_actor(CONTROLLER, namespace="serve").graceful_shutdown.remote(wait=False))
+        if serves():
+            ray.get(ray.get_actor(CONTROLLER, namespace="serve").graceful_shutdown.remote(wait=False))
         until = time.monotonic() + 60
         while serves() and time.monotonic() < until:
             time.sleep(0.2)
